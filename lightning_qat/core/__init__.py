@@ -1,0 +1,35 @@
+"""What a quantized number is. Needs torch only, never Lightning."""
+
+from lightning_qat.core.grid import (
+    QuantizedWeight,
+    QuantParams,
+    dequantize,
+    fake_quantize,
+    group_view,
+    hard_round,
+    qparams_from_range,
+    quantize,
+    round_scale,
+)
+from lightning_qat.core.protocols import GradientEstimator, Observer, PTQMethod, Schedule
+from lightning_qat.core.scheme import PASS_THROUGH_BITS, Levels, QuantScheme, fitting_group_sizes
+
+__all__ = [
+    "PASS_THROUGH_BITS",
+    "GradientEstimator",
+    "Levels",
+    "Observer",
+    "PTQMethod",
+    "QuantParams",
+    "QuantScheme",
+    "QuantizedWeight",
+    "Schedule",
+    "dequantize",
+    "fake_quantize",
+    "fitting_group_sizes",
+    "group_view",
+    "hard_round",
+    "qparams_from_range",
+    "quantize",
+    "round_scale",
+]
