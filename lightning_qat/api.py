@@ -1,0 +1,57 @@
+"""The plugin without a Trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from lightning_qat.core import GradientEstimator, Observer
+from lightning_qat.nn import QATLayer
+from lightning_qat.nn.state import STATE_KEY, rebuild
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
+
+
+def load_qat(
+    module: ModuleT,
+    checkpoint: str | Path | Mapping[str, Any],
+    *,
+    observer: Observer | None = None,
+    estimator: GradientEstimator | None = None,
+    mapping: Mapping[type[nn.Module], type[QATLayer]] | None = None,
+) -> ModuleT:
+    """Load a checkpoint of a run with ``QATCallback`` into a plain ``module``, quantizers included.
+
+    A plain ``load_state_dict`` would give the float weights that the run kept underneath, which score better
+    or worse than the quantized model that was trained.
+
+    Args:
+        module: The LightningModule (or whatever was the root of the run), in float; it is changed in place.
+        checkpoint: Path of the checkpoint, or its content.
+        observer: The observer of the run, if it is not one of the registry.
+        estimator: The estimator of the run, likewise.
+        mapping: The ``mapping`` of the run, if it had one.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        ValueError: If the checkpoint is not of such a run or does not fit the module.
+    """
+    content: Mapping[str, Any]
+    if isinstance(checkpoint, Mapping):
+        content = checkpoint
+    else:
+        content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    if STATE_KEY not in content:
+        raise ValueError(
+            f"The checkpoint has no {STATE_KEY!r} entry: it was not saved with QATCallback, or with "
+            "save_weights_only=True. Load it with module.load_state_dict(checkpoint['state_dict'])."
+        )
+    module.load_state_dict(content["state_dict"])
+    rebuild(module, content[STATE_KEY], observer, estimator, mapping)
+    return module

@@ -1,0 +1,53 @@
+"""Fake quantization as modules, and how they get into a model and out again."""
+
+from lightning_qat.nn.convert import (
+    apply_plan,
+    check_finite,
+    prepare,
+    quantize_after_training,
+    quantized_layers,
+    quantized_weights,
+    restore_float,
+    set_num_bits,
+    weight_fake_quants,
+)
+from lightning_qat.nn.fake_quantize import FakeQuantizeConfig, WeightFakeQuantize
+from lightning_qat.nn.input_fake_quantize import InputFakeQuantize
+from lightning_qat.nn.layers import (
+    QATConv1d,
+    QATConv2d,
+    QATConv3d,
+    QATEmbedding,
+    QATLayer,
+    QATLinear,
+)
+from lightning_qat.nn.plan import Plan, PlannedLayer
+from lightning_qat.nn.rules import Rule, RulesLike, parse_rules
+from lightning_qat.nn.selection import make_plan
+
+__all__ = [
+    "FakeQuantizeConfig",
+    "InputFakeQuantize",
+    "Plan",
+    "PlannedLayer",
+    "QATConv1d",
+    "QATConv2d",
+    "QATConv3d",
+    "QATEmbedding",
+    "QATLayer",
+    "QATLinear",
+    "Rule",
+    "RulesLike",
+    "WeightFakeQuantize",
+    "apply_plan",
+    "check_finite",
+    "make_plan",
+    "parse_rules",
+    "prepare",
+    "quantize_after_training",
+    "quantized_layers",
+    "quantized_weights",
+    "restore_float",
+    "set_num_bits",
+    "weight_fake_quants",
+]

@@ -1,0 +1,100 @@
+"""A grid that goes down a schedule: what the quantizers of weights and of inputs have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.core import (
+    PASS_THROUGH_BITS,
+    GradientEstimator,
+    Levels,
+    QuantParams,
+    QuantScheme,
+    fake_quantize,
+)
+
+
+class AnnealedGrid(nn.Module):
+    """A grid whose width changes during training.
+
+    The levels are a tensor, so that a change compiles nothing anew, but no buffer: weight averaging averages
+    every buffer. The rung travels in the extra state instead.
+    """
+
+    def __init__(self, scheme: QuantScheme, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.rung_scheme = scheme
+        self._levels = self._make_levels(device)
+
+    @property
+    def levels(self) -> Levels:
+        """Levels of the current rung, as 0-d tensors."""
+        return Levels(*self._levels[:4].unbind())
+
+    @property
+    def num_bits(self) -> float:
+        """Width on the current rung."""
+        return self.rung_scheme.num_bits
+
+    def set_num_bits(self, num_bits: float) -> None:
+        """Go to a rung: the width becomes ``max(num_bits, the scheme's own)``."""
+        self.rung_scheme = self.scheme.at(num_bits)
+        with torch.no_grad():
+            self._levels.copy_(self._make_levels(None))
+
+    @property
+    def pass_through(self) -> bool:
+        """Whether the tensor passes unchanged on the current rung."""
+        return self.num_bits == PASS_THROUGH_BITS
+
+    def _make_levels(self, device: torch.device | None) -> Tensor:
+        return torch.tensor([*self.rung_scheme.levels(), self.pass_through], dtype=torch.float32, device=device)
+
+    def _fake_quantize(self, tensor: Tensor, params: QuantParams, estimator: GradientEstimator) -> Tensor:
+        # Not rung_scheme: a compiled graph would depend on its fields, and the levels say all that changes.
+        quantized = fake_quantize(tensor, params, self.scheme, self.levels, estimator)
+        if not torch.compiler.is_compiling():
+            return quantized
+        return torch.where(self._levels[4] > 0, tensor, quantized)
+
+    def _passes_unchanged(self) -> bool:
+        # A compiled graph serves every rung, so the pass-through is chosen inside it.
+        return not torch.compiler.is_compiling() and self.pass_through
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AnnealedGrid:
+        """Follow the module to another device, but never to another dtype: the grid is float32."""
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        self._levels = self._make_levels(keep_dtype(self._levels).device)
+        return self
+
+    def get_extra_state(self) -> Tensor:
+        """Return the rung, which is no buffer, as a tensor: safe for ``weights_only`` loading."""
+        return torch.tensor([self.num_bits], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore what :meth:`get_extra_state` returned."""
+        self.set_num_bits(state[0].item())
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Accept a checkpoint without quantizers."""
+        if any(key.startswith(prefix) for key in state_dict):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+        else:
+            self._on_missing_state()
+
+    def _on_missing_state(self) -> None:
+        """Called when weights were loaded from a checkpoint without quantizers."""
+
+    def extra_repr(self) -> str:
+        """Describe the grid."""
+        return f"{self.rung_scheme}"

@@ -1,0 +1,190 @@
+"""Swap float layers for fake-quantized ones in place, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from lightning_qat.core import GradientEstimator, Observer, PTQMethod, QuantizedWeight
+from lightning_qat.estimators import ClippedSTE
+from lightning_qat.nn.fake_quantize import FakeQuantizeConfig, WeightFakeQuantize
+from lightning_qat.nn.input_fake_quantize import InputFakeQuantize
+from lightning_qat.nn.layers import QATLayer
+from lightning_qat.nn.plan import Plan, PlannedLayer
+from lightning_qat.nn.rules import RulesLike, parse_rules
+from lightning_qat.nn.selection import make_plan
+from lightning_qat.observers import MinMaxObserver
+
+
+def prepare(
+    root: nn.Module,
+    scheme: RulesLike,
+    *,
+    ignore: Sequence[str] = (),
+    observer: Observer | None = None,
+    estimator: GradientEstimator | None = None,
+    learn_scales: bool = False,
+    target_module: str | None = None,
+    mapping: Mapping[type[nn.Module], type[QATLayer]] | None = None,
+) -> Plan:
+    """Put fake quantization into ``root``, in place; a layer that already has what is asked for keeps its state.
+
+    Args:
+        root: The model.
+        scheme: A scheme or its shorthand, or a list of rules; see :func:`lightning_qat.nn.rules.parse_rules`.
+        ignore: Patterns of modules that stay in float.
+        observer: Where ranges come from. Default: min-max.
+        estimator: How gradients pass the rounding. Default: the clipped straight-through estimator.
+        learn_scales: Whether scales become parameters.
+        target_module: Name of the submodule outside which nothing is quantized.
+        mapping: Further layer classes, each with the class that it turns into.
+
+    Returns:
+        What was quantized, and why the rest was not.
+
+    Raises:
+        ValueError: If the request does not fit the model (see :func:`~lightning_qat.nn.selection.make_plan`),
+            or a weight is NaN or infinite.
+    """
+    plan = make_plan(root, parse_rules(scheme), ignore, target_module, mapping)
+    apply_plan(root, plan, observer or MinMaxObserver(), estimator or ClippedSTE(), learn_scales)
+    return plan
+
+
+def apply_plan(
+    root: nn.Module, plan: Plan, observer: Observer, estimator: GradientEstimator, learn_scales: bool = False
+) -> None:
+    """Carry out ``plan`` on ``root``, whose modules it refers to."""
+    check_finite({layer.name: layer.weight for layer in plan.layers})
+    planned = {layer.module for layer in plan.layers}
+    for module in quantized_layers(root).values():
+        if module not in planned:
+            _restore_layer(module)
+    by_weight: dict[nn.Parameter, WeightFakeQuantize] = {}
+    for layer in plan.layers:
+        config = FakeQuantizeConfig(replace(layer.scheme, activation=None), observer, estimator, learn_scales)
+        if layer.weight not in by_weight:
+            by_weight[layer.weight] = _weight_fake_quant(layer, config)
+        _swap(layer, by_weight[layer.weight], estimator)
+    _set_fast_paths(root)
+
+
+def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
+    """Check that no weight is NaN or infinite.
+
+    Raises:
+        ValueError: If one is; the message names all such layers.
+    """
+    bad = [name for name, weight in weights.items() if not (weight.is_meta or torch.isfinite(weight).all())]
+    if bad:
+        raise ValueError(
+            f"NaN or infinite weights in {', '.join(bad)}. Load a sound checkpoint, or lower the learning rate of "
+            "the run that made it."
+        )
+
+
+def _weight_fake_quant(layer: PlannedLayer, config: FakeQuantizeConfig) -> WeightFakeQuantize:
+    present = getattr(layer.module, "weight_fake_quant", None)
+    if isinstance(present, WeightFakeQuantize) and present.config == config:
+        return present
+    out_features, in_features = layer.matrix_shape
+    return WeightFakeQuantize(config, out_features, in_features, layer.weight.device)
+
+
+def _swap(layer: PlannedLayer, weight_fake_quant: WeightFakeQuantize, estimator: GradientEstimator) -> None:
+    module = layer.module
+    activation = layer.scheme.activation if layer.qat_class.float_class is not nn.Embedding else None
+    input_fake_quant = getattr(module, "input_fake_quant", None)
+    if getattr(input_fake_quant, "scheme", None) != activation:
+        device = layer.weight.device
+        input_fake_quant = activation and InputFakeQuantize(
+            activation, estimator, layer.qat_class.sample_dims, device=device
+        )
+    module.__class__ = layer.qat_class
+    module.register_module("weight_fake_quant", weight_fake_quant)
+    module.register_module("input_fake_quant", input_fake_quant)
+    module.train(module.training)
+
+
+def restore_float(root: nn.Module) -> None:
+    """Take all fake quantization out of ``root``, in place: every module has its original class again."""
+    for layer in quantized_layers(root).values():
+        _restore_layer(layer)
+    _set_fast_paths(root)
+
+
+def _restore_layer(layer: QATLayer) -> None:
+    del layer._modules["weight_fake_quant"], layer._modules["input_fake_quant"]
+    layer.__class__ = layer.float_class  # type: ignore[assignment]
+
+
+def _set_fast_paths(root: nn.Module) -> None:
+    """Turn off the fused inference path of encoder layers that hold quantized ones: it would bypass them."""
+    for module in root.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            holds_quantized = any(isinstance(child, QATLayer) for child in module.modules())
+            if holds_quantized and "_float_activation_kind" not in vars(module):
+                module._float_activation_kind = module.activation_relu_or_gelu  # type: ignore[assignment]
+                module.activation_relu_or_gelu = 0
+            elif not holds_quantized and "_float_activation_kind" in vars(module):
+                module.activation_relu_or_gelu = vars(module).pop("_float_activation_kind")
+
+
+def quantized_layers(root: nn.Module) -> dict[str, QATLayer]:
+    """Return the fake-quantized layers of ``root`` by name."""
+    return {name: module for name, module in root.named_modules() if isinstance(module, QATLayer)}
+
+
+def weight_fake_quants(root: nn.Module) -> Iterator[tuple[str, QATLayer]]:
+    """Yield name and layer of each distinct quantized weight: of layers that share one, the first."""
+    seen = set()
+    for name, layer in quantized_layers(root).items():
+        if layer.weight_fake_quant not in seen:
+            seen.add(layer.weight_fake_quant)
+            yield name, layer
+
+
+def set_num_bits(root: nn.Module, num_bits: float) -> None:
+    """Bring all weights and inputs of ``root`` to a rung: each to ``max(num_bits, its own width)``."""
+    for layer in quantized_layers(root).values():
+        layer.weight_fake_quant.set_num_bits(num_bits)
+        if layer.input_fake_quant is not None:
+            layer.input_fake_quant.set_num_bits(num_bits)
+
+
+def quantized_weights(root: nn.Module) -> dict[str, QuantizedWeight]:
+    """Return codes and grid of every quantized layer of ``root`` on its current rung.
+
+    Raises:
+        ValueError: If a weight is NaN or infinite, or a layer is still at its pass-through; it is named.
+    """
+    weights = {}
+    for name, layer in quantized_layers(root).items():
+        try:
+            weights[name] = layer.quantized_weight()
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return weights
+
+
+@torch.no_grad()
+def quantize_after_training(root: nn.Module, method: PTQMethod) -> dict[str, QuantizedWeight]:
+    """Quantize the weights of a prepared ``root`` in place by ``method``, each on the grid of its layer.
+
+    The weights become their dequantized values and pass unchanged from then on; inputs are fake-quantized
+    as before.
+
+    Returns:
+        The quantized weights by layer name.
+    """
+    results = {}
+    for name, layer in weight_fake_quants(root):
+        quantizer = layer.weight_fake_quant
+        result = method(layer.to_matrix(layer.weight), quantizer.rung_scheme, quantizer.config.observer)
+        layer.weight.copy_(layer.from_matrix(result.dequantize(), layer.weight))
+        quantizer.set_num_bits(16)
+        results[name] = result
+    return results

@@ -1,0 +1,160 @@
+"""Fake quantization of a weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_qat.core import (
+    GradientEstimator,
+    Observer,
+    QuantizedWeight,
+    QuantParams,
+    QuantScheme,
+    quantize,
+    round_scale,
+)
+from lightning_qat.nn.annealed_grid import AnnealedGrid
+
+
+@dataclass(frozen=True)
+class FakeQuantizeConfig:
+    """Everything that decides how a weight is fake-quantized.
+
+    Attributes:
+        scheme: The grid at the final width.
+        observer: Where the range comes from.
+        estimator: How the gradient passes the rounding.
+        learn_scales: Whether the scales are parameters.
+    """
+
+    scheme: QuantScheme
+    observer: Observer
+    estimator: GradientEstimator
+    learn_scales: bool = False
+
+
+class WeightFakeQuantize(AnnealedGrid):
+    """Fake quantization of a weight ``[O, I]``, shared by the layers that share the weight.
+
+    The scales follow the weight in every forward pass (a cheap observer), are refreshed now and then (a
+    costly one), are learned, or are frozen. A learned scale is ``scale * exp(log_scale_ratio)``: positive by
+    construction, a learning rate that is relative to its size, and a weight decay, should it get one, that
+    pulls towards the observed value.
+
+    Attributes:
+        scale: Observed or frozen scales, float32 ``[O * G]`` (1-D: FSDP2 refuses 0-D, and optimizers such as
+            Muon take 2-D for a matrix).
+        zero_point: Zero-points, whole numbers in float32 ``[O * G]``, or None if symmetric.
+        log_scale_ratio: Trainable parameter, float32 ``[O * G]``, or None if scales are not learned.
+        frozen: Whether the grid no longer moves.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def __init__(
+        self, config: FakeQuantizeConfig, out_features: int, in_features: int, device: torch.device | None = None
+    ) -> None:
+        """Make the state for a weight ``[out_features, in_features]``; the grid is found when first needed."""
+        super().__init__(config.scheme, device)
+        self.config = config
+        num_groups = config.scheme.num_groups(in_features)
+        self.qparams_shape = (1, 1) if config.scheme.granularity == "tensor" else (out_features, num_groups)
+        num_scales = self.qparams_shape[0] * self.qparams_shape[1]
+        zeros = torch.zeros(num_scales, dtype=torch.float32, device=device)
+        self.register_buffer("scale", zeros + 1)
+        self.register_buffer("zero_point", None if config.scheme.symmetric else zeros.clone())
+        self.log_scale_ratio = nn.Parameter(zeros.clone()) if config.learn_scales else None
+        self.frozen = False
+        self.is_stale = True
+
+    @property
+    def follows_weight(self) -> bool:
+        """Whether the grid is found anew in every forward pass."""
+        return self.config.observer.every_forward and self.log_scale_ratio is None and not self.frozen
+
+    def set_num_bits(self, num_bits: float) -> None:
+        """Go to a rung; if that changes the width, the grid is found anew when it is next needed."""
+        before = self.num_bits
+        super().set_num_bits(num_bits)
+        self.is_stale |= self.num_bits != before
+
+    @torch.no_grad()
+    def observe(self, weight: Tensor) -> None:
+        """Take scales and zero-points from ``weight`` ``[O, I]``, and forget what was learned on an older grid."""
+        params = self.config.observer(weight.detach(), self.scheme, self.levels)
+        self.scale.copy_(params.scale.flatten())
+        if self.zero_point is not None and params.zero_point is not None:
+            self.zero_point.copy_(params.zero_point.flatten())
+        if self.log_scale_ratio is not None:
+            self.log_scale_ratio.zero_()
+        self.is_stale = False
+
+    @torch.no_grad()
+    def freeze(self, weight: Tensor) -> None:
+        """Fix the grid as it is now, given the current ``weight`` ``[O, I]``."""
+        if self.follows_weight or self.is_stale:
+            self.observe(weight)
+        self.frozen = True
+
+    def unfreeze(self) -> None:
+        """Let the grid move again, from where the weight is then."""
+        self.is_stale |= self.frozen
+        self.frozen = False
+
+    def qparams(self, weight: Tensor) -> QuantParams:
+        """Return the grid for ``weight`` ``[O, I]`` on the current rung."""
+        if self.follows_weight:
+            return self.config.observer(weight.detach(), self.scheme, self.levels)
+        if self.is_stale:
+            self.observe(weight)
+        scale = self.scale
+        if self.log_scale_ratio is not None:
+            scale = round_scale(scale * self.log_scale_ratio.exp(), self.scheme.torch_scale_dtype)
+        zero_point = None if self.zero_point is None else self.zero_point.view(self.qparams_shape)
+        return QuantParams(scale.view(self.qparams_shape), zero_point)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """Return ``weight`` ``[O, I]`` on the grid of the current rung, in its dtype."""
+        if self._passes_unchanged():
+            return self._keep_in_graph(weight)
+        return self._fake_quantize(weight, self.qparams(weight), self.config.estimator)
+
+    def _keep_in_graph(self, weight: Tensor) -> Tensor:
+        # DDP reports a parameter that takes no part in the loss.
+        if self.log_scale_ratio is None:
+            return weight
+        return weight + (0.0 * self.log_scale_ratio.sum()).to(weight.dtype)
+
+    @torch.no_grad()
+    def quantize(self, weight: Tensor) -> QuantizedWeight:
+        """Return the codes of ``weight`` ``[O, I]`` and the grid that they are on.
+
+        Raises:
+            ValueError: If the weight has NaN or infinite values, or the current rung is the pass-through.
+        """
+        if self.pass_through:
+            raise ValueError("The weight is not quantized yet: the schedule is at its 16-bit pass-through.")
+        params = self.qparams(weight)
+        params = QuantParams(params.scale.clone(), None if params.zero_point is None else params.zero_point.clone())
+        return QuantizedWeight(quantize(weight, params, self.rung_scheme), params, self.rung_scheme)
+
+    def get_extra_state(self) -> Tensor:
+        """Return the rung and the flags, which are no buffers, as a tensor."""
+        return torch.tensor([self.num_bits, self.frozen, self.is_stale], dtype=torch.float64)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Restore what :meth:`get_extra_state` returned."""
+        super().set_extra_state(state)
+        self.frozen, self.is_stale = bool(state[1]), bool(state[2])
+
+    def _on_missing_state(self) -> None:
+        """Let the new weights get a grid of their own."""
+        self.is_stale = True
+
+    def extra_repr(self) -> str:
+        """Describe the grid."""
+        return f"{super().extra_repr()}, scheme={self.scheme}, frozen={self.frozen}"

@@ -1,0 +1,107 @@
+"""The layers that a float layer turns into, by a change of its class.
+
+The Parameter objects, their names and everything else about the module stay as they are; only the
+children ``weight_fake_quant`` and ``input_fake_quant`` are added.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lightning_qat.core import QuantizedWeight
+from lightning_qat.nn.fake_quantize import WeightFakeQuantize
+from lightning_qat.nn.input_fake_quantize import InputFakeQuantize
+
+
+class QATLayer(nn.Module):
+    """What all fake-quantized layers share.
+
+    To support another layer, subclass this and the layer, set ``float_class``, and pass
+    ``mapping={YourLayer: QATYourLayer}`` to the callback.
+
+    Attributes:
+        float_class: The class of the layer without fake quantization.
+        sample_dims: Trailing dimensions of an input that share a scale when activations are quantized.
+        weight_fake_quant: Fake quantization of the weight; the same object in layers that share a weight.
+        input_fake_quant: Fake quantization of the input, or None.
+    """
+
+    float_class: ClassVar[type[nn.Module]]
+    sample_dims: ClassVar[int] = 1
+    weight: Tensor
+    weight_fake_quant: WeightFakeQuantize
+    input_fake_quant: InputFakeQuantize | None
+
+    @staticmethod
+    def to_matrix(weight: Tensor) -> Tensor:
+        """Return the weight as ``[O, I]``: output channels by what each of them sums over."""
+        return weight.flatten(1)
+
+    @staticmethod
+    def from_matrix(matrix: Tensor, weight: Tensor) -> Tensor:
+        """Return ``matrix`` ``[O, I]`` in the layout of ``weight``."""
+        return matrix.view_as(weight)
+
+    def fake_quantized_weight(self) -> Tensor:
+        """Return the weight as the layer uses it, in its own layout and dtype."""
+        return self.from_matrix(self.weight_fake_quant(self.to_matrix(self.weight)), self.weight)
+
+    def quantized_weight(self) -> QuantizedWeight:
+        """Return codes and grid of the weight on the current rung."""
+        return self.weight_fake_quant.quantize(self.to_matrix(self.weight))
+
+    def _input(self, x: Tensor) -> Tensor:
+        return x if self.input_fake_quant is None else self.input_fake_quant(x)
+
+
+class QATLinear(QATLayer, nn.Linear):
+    """A linear layer that computes with its fake-quantized weight."""
+
+    float_class = nn.Linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``input`` ``[..., I]`` times the fake-quantized weight, plus the bias."""
+        return F.linear(self._input(input), self.fake_quantized_weight(), self.bias)
+
+
+class QATEmbedding(QATLayer, nn.Embedding):
+    """An embedding that looks up rows of its fake-quantized table; a row is a channel."""
+
+    float_class = nn.Embedding
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the fake-quantized rows of the indices ``input``."""
+        return F.embedding(
+            input, self.fake_quantized_weight(), self.padding_idx, scale_grad_by_freq=self.scale_grad_by_freq
+        )
+
+
+class _QATConv(QATLayer):
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the convolution of ``input`` with the fake-quantized kernel."""
+        output: Tensor = self._conv_forward(self._input(input), self.fake_quantized_weight(), self.bias)  # type: ignore[operator]
+        return output
+
+
+class QATConv1d(_QATConv, nn.Conv1d):
+    """A 1-D convolution that computes with its fake-quantized kernel."""
+
+    float_class = nn.Conv1d
+    sample_dims = 2
+
+
+class QATConv2d(_QATConv, nn.Conv2d):
+    """A 2-D convolution that computes with its fake-quantized kernel."""
+
+    float_class = nn.Conv2d
+    sample_dims = 3
+
+
+class QATConv3d(_QATConv, nn.Conv3d):
+    """A 3-D convolution that computes with its fake-quantized kernel."""
+
+    float_class = nn.Conv3d
+    sample_dims = 4

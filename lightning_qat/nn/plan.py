@@ -1,0 +1,91 @@
+"""A plan: which layers turn into what, by which scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_qat.core import QuantScheme
+from lightning_qat.nn.layers import QATConv1d, QATConv2d, QATConv3d, QATEmbedding, QATLayer, QATLinear
+
+QAT_CLASSES: dict[type[nn.Module], type[QATLayer]] = {
+    qat_class.float_class: qat_class for qat_class in (QATLinear, QATConv1d, QATConv2d, QATConv3d, QATEmbedding)
+}
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """A layer that is to be quantized."""
+
+    name: str
+    module: nn.Module
+    qat_class: type[QATLayer]
+    scheme: QuantScheme
+
+    @property
+    def weight(self) -> nn.Parameter:
+        """The parameter that is quantized."""
+        weight = self.module._parameters["weight"]
+        assert weight is not None
+        return weight
+
+    @property
+    def matrix_shape(self) -> torch.Size:
+        """``(O, I)`` of the weight."""
+        return self.qat_class.to_matrix(self.weight.detach()).shape
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is quantized and what is not.
+
+    Attributes:
+        layers: The layers to quantize, in the order of ``named_modules``.
+        skipped: Why every other module that holds a matrix stays in float, by name.
+    """
+
+    layers: tuple[PlannedLayer, ...]
+    skipped: dict[str, str]
+
+
+def plan_exactly(
+    root: nn.Module,
+    schemes: Mapping[str, Mapping[str, Any]],
+    mapping: Mapping[type[nn.Module], type[QATLayer]] | None = None,
+) -> Plan:
+    """Return the plan that gives each named layer its scheme and quantizes nothing else.
+
+    Raises:
+        ValueError: If a layer does not exist or has no quantized form.
+    """
+    modules = dict(root.named_modules())
+    layers = []
+    for name, scheme in schemes.items():
+        qat_class = find_qat_class(float_type(modules[name]), mapping) if name in modules else None
+        if qat_class is None:
+            raise ValueError(
+                f"The checkpoint quantizes '{name}', which is not a quantizable layer of this model. Build the model "
+                "as in that run (and pass mapping= if it had one)."
+            )
+        layers.append(PlannedLayer(name, modules[name], qat_class, QuantScheme.parse(scheme)))
+    return Plan(tuple(layers), {})
+
+
+def find_qat_class(
+    layer_type: type[nn.Module], mapping: Mapping[type[nn.Module], type[QATLayer]] | None
+) -> type[QATLayer] | None:
+    """Return what a layer of exactly this class turns into, or None."""
+    if (layer_type.__module__, layer_type.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+        from lightning_qat.nn.hf_conv1d import QATConv1D
+
+        return QATConv1D
+    return {**QAT_CLASSES, **(mapping or {})}.get(layer_type)
+
+
+def float_type(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module as it is or was in float."""
+    return module.float_class if isinstance(module, QATLayer) else type(module)

@@ -1,0 +1,93 @@
+"""Which scheme a layer gets: ordered rules, of which the last match wins."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from lightning_qat.core import QuantScheme
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Quantize what ``target`` matches by ``scheme``.
+
+    Args:
+        target: A layer type (``"Linear"``), or a pattern for module names in which ``*`` stands for anything.
+            A pattern matches from any dot on: ``lm_head`` matches ``model.lm_head``.
+        scheme: The scheme, or None to leave the layers in float.
+    """
+
+    target: str
+    scheme: QuantScheme | None
+
+    def matches(self, name: str, layer_type: type) -> bool:
+        """Return whether the rule applies to the module ``name`` of class ``layer_type``."""
+        return matches(self.target, name, layer_type)
+
+    def asks_for(self, labels: Iterable[str]) -> bool:
+        """Return whether one part of the target is one of ``labels``, and not a wildcard that covers it."""
+        return not set(self.target.split(".")).isdisjoint(labels)
+
+
+RulesLike = str | QuantScheme | Mapping[str, Any] | Sequence[Mapping[str, Any] | Rule]
+"""A scheme for everything, or ordered rules."""
+
+
+def matches(pattern: str, name: str, layer_type: type) -> bool:
+    """Return whether ``pattern`` is the type, or matches the name or its end from a dot on."""
+    return pattern == layer_type.__name__ or fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+def parse_rules(spec: RulesLike) -> tuple[Rule, ...]:
+    """Read one scheme for everything, or a list of rules ``{"target": ..., "scheme": ...}``.
+
+    Raises:
+        ValueError: If the list is empty or a scheme is not valid.
+        TypeError: If an entry is not such a mapping.
+    """
+    if isinstance(spec, Sequence) and not isinstance(spec, str):
+        if not spec:
+            raise ValueError("The list of rules is empty. Give a scheme such as 'w4g128', or at least one rule.")
+        return tuple(_parse_rule(entry) for entry in spec)
+    return (Rule("*", _parse_scheme(spec)),)
+
+
+def _parse_rule(entry: Any) -> Rule:
+    if isinstance(entry, Rule):
+        return entry
+    if not isinstance(entry, Mapping) or set(entry) != {"target", "scheme"}:
+        raise TypeError(f"A rule is a mapping with the keys 'target' and 'scheme', got {entry!r}.")
+    scheme = entry["scheme"]
+    return Rule(str(entry["target"]), None if scheme is None else _parse_scheme(scheme))
+
+
+def _parse_scheme(spec: Any) -> QuantScheme:
+    scheme = QuantScheme.parse(spec)
+    if scheme.num_bits > 8 or scheme.granularity == "token":
+        raise ValueError(
+            f"A weight cannot have the scheme '{scheme}': its width must be 8 bits or less and its granularity "
+            "tensor, channel or group. To leave layers in float use ignore=[...] or a rule with scheme=None."
+        )
+    return scheme
+
+
+def check_patterns(patterns: Iterable[str], modules: Mapping[str, type], what: str) -> None:
+    """Check that each pattern matches a module.
+
+    Args:
+        patterns: Patterns or type names.
+        modules: Type of every module by name.
+        what: What the patterns are, for the message.
+
+    Raises:
+        ValueError: If one matches none; the message offers names that look like it.
+    """
+    for pattern in patterns:
+        if not any(matches(pattern, name, layer_type) for name, layer_type in modules.items()):
+            names = {*modules, *(name.rpartition(".")[2] for name in modules), *(t.__name__ for t in modules.values())}
+            close = difflib.get_close_matches(pattern, sorted(names), n=3) or sorted(modules)[:5]
+            raise ValueError(f"{what} {pattern!r} matches no module. Did you mean one of {close}?")

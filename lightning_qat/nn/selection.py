@@ -1,0 +1,223 @@
+"""Which layers of a model are quantized, and why the others are not."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from lightning_qat.core import fitting_group_sizes
+from lightning_qat.nn.layers import QATLayer
+from lightning_qat.nn.plan import QAT_CLASSES, Plan, PlannedLayer, find_qat_class, float_type
+from lightning_qat.nn.rules import Rule, check_patterns, matches
+
+OUTPUT_HEAD_NAMES = ("lm_head", "embed_out")
+
+
+def make_plan(
+    root: nn.Module,
+    rules: Sequence[Rule],
+    ignore: Sequence[str] = (),
+    target_module: str | None = None,
+    mapping: Mapping[type[nn.Module], type[QATLayer]] | None = None,
+    include_frozen: bool = False,
+) -> Plan:
+    """Decide for every module of ``root``; nothing is changed.
+
+    Quantized by default: Linear, Conv1d/2d/3d and Hugging Face's Conv1D, by exact type. Embeddings, the
+    output head and children of ``root`` that do not train at all only if a rule names them.
+
+    Args:
+        root: The model, in float or already prepared.
+        rules: Ordered rules; the last that matches a layer wins.
+        ignore: Patterns of modules that stay in float with all that they contain.
+        target_module: Name of the submodule outside which nothing is quantized.
+        mapping: Further layer classes, each with the class that it turns into.
+        include_frozen: Quantize children that do not train, too.
+
+    Raises:
+        ValueError: If a pattern or the whole plan matches nothing, tied layers would get different schemes,
+            a group size does not divide, or ``target_module`` does not exist.
+    """
+    return _Selection(root, rules, ignore, target_module, mapping, include_frozen).plan()
+
+
+class _Selection:
+    """One run of :func:`make_plan`."""
+
+    def __init__(
+        self,
+        root: nn.Module,
+        rules: Sequence[Rule],
+        ignore: Sequence[str],
+        target_module: str | None,
+        mapping: Mapping[type[nn.Module], type[QATLayer]] | None,
+        include_frozen: bool,
+    ) -> None:
+        self.root, self.rules, self.ignore, self.mapping = root, rules, ignore, mapping
+        self.names: dict[nn.Module, list[str]] = defaultdict(list)
+        for name, module in root.named_modules(remove_duplicate=False):
+            self.names[module].append(name)
+        self.owners: dict[nn.Parameter, list[nn.Module]] = defaultdict(list)
+        for module in self.names:
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    self.owners[parameter].append(module)
+        self.frozen_children = set() if include_frozen else _frozen_children(root)
+        self.heads = _output_heads(self.names)
+        self.scope = target_module
+        if target_module is not None and target_module not in dict(root.named_modules()):
+            close = sorted(name for name, _ in root.named_children())
+            raise ValueError(f"target_module={target_module!r} does not exist; the children are {close}.")
+
+    def plan(self) -> Plan:
+        modules = {name: float_type(module) for module, names in self.names.items() for name in names}
+        check_patterns((rule.target for rule in self.rules), modules, "The rule target")
+        check_patterns(self.ignore, modules, "The ignore pattern")
+        layers: dict[nn.Module, PlannedLayer] = {}
+        skipped: dict[str, str] = {}
+        for module, names in self.names.items():
+            chosen = self._choose(module, names)
+            if isinstance(chosen, PlannedLayer):
+                layers[module] = chosen
+            elif chosen:
+                skipped[names[0]] = chosen
+        self._add_ties(layers, skipped)
+        if not layers:
+            raise ValueError(f"There is no layer to quantize. {_list_reasons(skipped)}")
+        _check_group_sizes(layers.values())
+        ordered = [layers[module] for module in self.names if module in layers]
+        return Plan(tuple(ordered), skipped)
+
+    def _choose(self, module: nn.Module, names: list[str]) -> PlannedLayer | str | None:
+        """Return the layer as planned, the reason to leave it in float, or None if it holds no matrix."""
+        layer_type = float_type(module)
+        qat_class = find_qat_class(layer_type, self.mapping)
+        if not any(p is not None and p.dim() > 1 for p in module._parameters.values()):
+            return None
+        reason = self._reason_outside(module, names) or self._reason_by_type(module, layer_type, qat_class)
+        if reason or qat_class is None:
+            return reason
+        candidates = [rule for rule in self.rules if any(rule.matches(name, layer_type) for name in names)]
+        for labels, text in self._reservations(module, names):
+            candidates = [rule for rule in candidates if rule.asks_for(labels)]
+            if not candidates:
+                return f"{text} (a rule with target '{labels[0]}' quantizes it)"
+        if not candidates:
+            return "no rule matches"
+        scheme = candidates[-1].scheme
+        return "float by rule" if scheme is None else PlannedLayer(names[0], module, qat_class, scheme)
+
+    def _reason_outside(self, module: nn.Module, names: list[str]) -> str | None:
+        parts = [_prefixes(name) for name in names]
+        if self.scope is not None and not any(self.scope in prefixes for prefixes in parts):
+            return "outside target_module"
+        for prefix in {prefix for prefixes in parts for prefix in prefixes}:
+            ancestor = self.root.get_submodule(prefix)
+            if any(matches(pattern, prefix, float_type(ancestor)) for pattern in self.ignore):
+                return "ignored"
+            if ("torchmetrics.metric", "Metric") in {(cls.__module__, cls.__name__) for cls in type(ancestor).__mro__}:
+                return "part of a torchmetrics Metric"
+            if isinstance(ancestor, nn.MultiheadAttention) and ancestor is not module:
+                return "nn.MultiheadAttention uses its weight without calling it"
+        return None
+
+    def _reason_by_type(
+        self, module: nn.Module, layer_type: type[nn.Module], qat_class: type[QATLayer] | None
+    ) -> str | None:
+        if qat_class is None:
+            bases = [base.__name__ for base in QAT_CLASSES if issubclass(layer_type, base)]
+            hint = f", a subclass of {bases[0]} (support it with mapping=)" if bases else ""
+            return f"no quantized form of {layer_type.__name__}{hint}"
+        if not isinstance(module._parameters.get("weight"), nn.Parameter):
+            return "its weight is computed, not a parameter"
+        if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
+            return "an embedding with max_norm or sparse gradients has no quantized form"
+        return None
+
+    def _reservations(self, module: nn.Module, names: list[str]) -> Iterable[tuple[list[str], str]]:
+        """Yield why the module is quantized only if a rule names it, and by which words."""
+        for name in names:
+            # What was quantized while it trained stays so when it is frozen afterwards.
+            if (child := name.split(".")[0]) in self.frozen_children and not isinstance(module, QATLayer):
+                yield [child], "its part of the model does not train"
+        label = names[0].rpartition(".")[2]
+        if float_type(module) is nn.Embedding:
+            yield [label, "Embedding"], "embeddings stay in float"
+        elif module in self.heads:
+            yield [label], "the output head stays in float"
+
+    def _add_ties(self, layers: dict[nn.Module, PlannedLayer], skipped: dict[str, str]) -> None:
+        for planned in list(layers.values()):
+            for owner in self.owners[planned.weight]:
+                name, qat_class = self.names[owner][0], find_qat_class(float_type(owner), self.mapping)
+                same_layout = qat_class is not None and qat_class.to_matrix is planned.qat_class.to_matrix
+                if skipped.get(name) == "ignored" or not same_layout or qat_class is None:
+                    raise ValueError(
+                        f"'{planned.name}' shares its weight with '{name}' ({float_type(owner).__name__}), which "
+                        "stays in float. Let both be quantized, or add both to ignore."
+                    )
+                partner = layers.setdefault(owner, replace(planned, name=name, module=owner, qat_class=qat_class))
+                skipped.pop(name, None)
+                if replace(partner.scheme, activation=None) != replace(planned.scheme, activation=None):
+                    raise ValueError(
+                        f"'{planned.name}' ({planned.scheme}) and '{name}' ({partner.scheme}) share one weight; "
+                        "give them one scheme."
+                    )
+
+
+def _prefixes(name: str) -> list[str]:
+    """Return the names of a module and of all that contain it, except the root."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[: index + 1]) for index in range(len(parts))]
+
+
+def _frozen_children(root: nn.Module) -> set[str]:
+    """Return the children that hold parameters of which none trains, unless nothing trains at all."""
+    if not any(parameter.requires_grad for parameter in root.parameters()):
+        return set()
+    trains: dict[str, set[bool]] = defaultdict(set)
+    for name, parameter in root.named_parameters():
+        if ".weight_fake_quant." not in name:  # a learned scale does not make its layer one that trains
+            trains[name.split(".")[0]].add(parameter.requires_grad)
+    return {child for child, flags in trains.items() if flags == {False}}
+
+
+def _output_heads(names: Mapping[nn.Module, list[str]]) -> set[nn.Module]:
+    """Return what turns hidden states into logits over a vocabulary."""
+    heads = {module for module, aliases in names.items() if aliases[0].rpartition(".")[2] in OUTPUT_HEAD_NAMES}
+    embedded = {module._parameters.get("weight") for module in names if isinstance(module, nn.Embedding)}
+    heads |= {m for m in names if isinstance(m, nn.Linear) and m._parameters.get("weight") in embedded}
+    for module in names:
+        get_head = getattr(module, "get_output_embeddings", None)
+        head = get_head() if callable(get_head) else None
+        if isinstance(head, nn.Module):
+            heads.add(head)
+    return heads
+
+
+def _check_group_sizes(layers: Iterable[PlannedLayer]) -> None:
+    shapes = [(layer, layer.matrix_shape[1]) for layer in layers]
+    misfits = []
+    for layer, in_features in shapes:
+        try:
+            layer.scheme.num_groups(in_features)
+        except ValueError:
+            misfits.append(f"{layer.name} (in_features={in_features}, {layer.scheme})")
+    if misfits:
+        grouped = [in_features for layer, in_features in shapes if layer.scheme.group_size]
+        common = [size for size in fitting_group_sizes(min(grouped)) if not any(n % size for n in grouped)]
+        remedy = f"Group sizes that divide them all: {common}." if common else "No group size of 8 or more divides all."
+        raise ValueError(
+            f"The group size does not divide in_features of {len(misfits)} layers: {', '.join(misfits)}. {remedy} "
+            "Choose another, allow a shorter last group ('-pad', pad_last_group=True), or ignore these layers."
+        )
+
+
+def _list_reasons(skipped: Mapping[str, str]) -> str:
+    if not skipped:
+        return "The model has no Linear or convolution layer."
+    counts = Counter(skipped.values())
+    return "Left in float: " + "; ".join(f"{count} x {reason}" for reason, count in counts.items())

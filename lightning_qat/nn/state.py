@@ -1,0 +1,118 @@
+"""The state of all quantizers of a model apart from its weights, so that a checkpoint stays portable.
+
+A file that keeps this state under a key of its own loads strictly into the plain float model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lightning_qat.core import GradientEstimator, Observer
+from lightning_qat.core.registry import build, describe
+from lightning_qat.estimators import ESTIMATORS
+from lightning_qat.nn.convert import apply_plan, quantized_layers
+from lightning_qat.nn.fake_quantize import WeightFakeQuantize
+from lightning_qat.nn.input_fake_quantize import InputFakeQuantize
+from lightning_qat.nn.layers import QATLayer
+from lightning_qat.nn.plan import plan_exactly
+from lightning_qat.observers import OBSERVERS
+
+STATE_KEY = "lightning_qat"
+"""Where a checkpoint keeps what :func:`quantizer_state` returns."""
+
+_VERSION = 1
+
+
+def quantizer_prefixes(root: nn.Module) -> tuple[str, ...]:
+    """Return the state-dict prefixes of all quantizers in ``root``."""
+    kinds = (WeightFakeQuantize, InputFakeQuantize)
+    named = root.named_modules(remove_duplicate=False)
+    return tuple(f"{name}." for name, module in named if isinstance(module, kinds))
+
+
+def quantizer_state(root: nn.Module) -> dict[str, Any]:
+    """Return structure and state of all quantizers of ``root`` as primitives and tensors."""
+    layers = quantized_layers(root)
+    config = next(iter(layers.values())).weight_fake_quant.config
+    prefixes = quantizer_prefixes(root)
+    return {
+        "version": _VERSION,
+        "layers": {name: layer.weight_fake_quant.scheme.to_dict() for name, layer in layers.items()},
+        "activations": {
+            name: layer.input_fake_quant.scheme.to_dict()
+            for name, layer in layers.items()
+            if layer.input_fake_quant is not None
+        },
+        "observer": describe(config.observer, OBSERVERS),
+        "estimator": describe(config.estimator, ESTIMATORS),
+        "learn_scales": config.learn_scales,
+        "quantizers": {key: value for key, value in root.state_dict().items() if key.startswith(prefixes)},
+    }
+
+
+def load_quantizer_state(root: nn.Module, state: Mapping[str, Any]) -> None:
+    """Restore what :func:`quantizer_state` returned into a ``root`` with the same quantized layers.
+
+    Raises:
+        ValueError: If the layers, their schemes or their shapes differ.
+    """
+    present = quantizer_state(root)
+    for part in ("layers", "activations", "learn_scales"):
+        if present[part] != state[part]:
+            raise ValueError(
+                f"The checkpoint was trained with other quantizers: {_difference(present[part], state[part])}. Use the "
+                "arguments of that run, or load only the weights: model.load_state_dict(checkpoint['state_dict'])."
+            )
+    quantizers: dict[str, Tensor] = state["quantizers"]
+    if set(quantizers) != set(present["quantizers"]):
+        raise ValueError("The checkpoint does not hold the state of all quantizers; it is damaged or incomplete.")
+    root.load_state_dict(quantizers, strict=False)
+
+
+def _difference(present: Any, saved: Any) -> str:
+    if not isinstance(present, dict):
+        return f"learn_scales is {present}, and was {saved}"
+    for name in sorted({*present, *saved}):
+        if present.get(name) != saved.get(name):
+            return f"'{name}' is {_brief(present.get(name))}, and was {_brief(saved.get(name))}"
+    return "nothing"
+
+
+def _brief(scheme: Mapping[str, Any] | None) -> str:
+    if scheme is None:
+        return "not quantized"
+    return "{" + ", ".join(f"{key}: {value}" for key, value in scheme.items() if value not in (None, False)) + "}"
+
+
+def rebuild(
+    root: nn.Module,
+    state: Mapping[str, Any],
+    observer: Observer | None = None,
+    estimator: GradientEstimator | None = None,
+    mapping: Mapping[type[nn.Module], type[QATLayer]] | None = None,
+) -> None:
+    """Put the quantizers that ``state`` describes into a float ``root``, in place, and restore their state.
+
+    Args:
+        root: The float model.
+        state: What :func:`quantizer_state` returned.
+        observer: The observer, if it is not one of the registry.
+        estimator: The estimator, if it is not one of the registry.
+        mapping: Further layer classes, as in :func:`lightning_qat.nn.prepare`.
+
+    Raises:
+        ValueError: If a layer is missing, or observer or estimator are unknown and not given.
+    """
+    if state["version"] > _VERSION:
+        raise ValueError("The checkpoint was written by a newer lightning_qat. Upgrade the package to load it.")
+    schemes = {name: {**scheme, "activation": None} for name, scheme in state["layers"].items()}
+    for name, activation in state["activations"].items():
+        schemes[name]["activation"] = activation
+    plan = plan_exactly(root, schemes, mapping)
+    observer = observer or build(state["observer"], OBSERVERS, "observer")
+    estimator = estimator or build(state["estimator"], ESTIMATORS, "estimator")
+    apply_plan(root, plan, observer, estimator, state["learn_scales"])
+    load_quantizer_state(root, state)
