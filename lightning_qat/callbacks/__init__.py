@@ -1,0 +1,5 @@
+"""The Lightning side: callbacks."""
+
+from lightning_qat.callbacks.qat import QATCallback
+
+__all__ = ["QATCallback"]

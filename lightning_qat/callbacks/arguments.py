@@ -1,0 +1,48 @@
+"""What the arguments of QATCallback stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning_qat.core import Schedule
+from lightning_qat.core.registry import build
+from lightning_qat.nn import Rule
+from lightning_qat.schedules import SCHEDULES, Constant, Staircase
+
+
+def find_final_bits(rules: Sequence[Rule]) -> float:
+    """Return the smallest width of all schemes, at which a schedule must end.
+
+    Raises:
+        ValueError: If no rule has a scheme.
+    """
+    widths = [rule.scheme.final_bits for rule in rules if rule.scheme is not None]
+    if not widths:
+        raise ValueError("No rule has a scheme, so nothing would be quantized. Remove the callback or give one.")
+    return min(widths)
+
+
+def build_schedule(spec: str | Schedule | Sequence[float] | Mapping[Any, Any] | None, final_bits: float) -> Schedule:
+    """Return the schedule that ``spec`` stands for; see :class:`~lightning_qat.callbacks.QATCallback`.
+
+    Raises:
+        ValueError: If it is not valid, or does not end at ``final_bits``.
+    """
+    if spec is None:
+        return Constant(final_bits)
+    schedule = _read_schedule(spec)
+    if schedule.final_bits != final_bits:
+        raise ValueError(
+            f"The schedule ends at {schedule.final_bits:g} bits, but the scheme is {final_bits:g} bits wide. Let the "
+            f"last rung be {final_bits:g}, or give the scheme that the schedule ends at."
+        )
+    return schedule
+
+
+def _read_schedule(spec: str | Schedule | Sequence[float] | Mapping[Any, Any]) -> Schedule:
+    if isinstance(spec, Schedule):
+        return spec
+    if isinstance(spec, str) or (isinstance(spec, Mapping) and "name" in spec):
+        return build(spec, SCHEDULES, "schedule")
+    return Staircase(dict(spec) if isinstance(spec, Mapping) else list(spec))

@@ -1,0 +1,68 @@
+"""Two temporary patches: running code after a hook of the LightningModule, and scales in their own group."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+def run_around(module: nn.Module, hook: str, wrapper: Callable[[Callable[..., Any]], Any]) -> None:
+    """Let ``wrapper(call)`` run in place of the next call of ``module.hook``; ``call()`` is the original.
+
+    The patch lives in the instance and takes itself out first, since a module that holds a closure can be
+    neither pickled nor deep-copied.
+    """
+    original = getattr(module, hook)
+
+    @functools.wraps(original)
+    def patched(*args: Any, **kwargs: Any) -> Any:
+        remove_patch(module, hook)
+        return wrapper(functools.partial(original, *args, **kwargs))
+
+    vars(module)[hook] = patched
+
+
+def remove_patch(module: nn.Module, hook: str) -> None:
+    """Take a patch of :func:`run_around` out, if it is still there."""
+    if hasattr(vars(module).get(hook), "__wrapped__"):
+        del vars(module)[hook]
+
+
+@contextmanager
+def separate_param_group(parameters: set[nn.Parameter], lr: float) -> Iterator[None]:
+    """Within this context, optimizers put ``parameters`` into groups of their own, without weight decay.
+
+    Every group that holds some of them is split in two as it is added. Adding a group later would break
+    learning rate schedulers, which count the groups when they are made.
+
+    Args:
+        parameters: The parameters to separate.
+        lr: Their learning rate.
+    """
+    add_param_group = Optimizer.add_param_group
+
+    def add_split(optimizer: Optimizer, group: dict[str, Any]) -> None:
+        members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        separate = [member for member in members if _parameter(member) in parameters]
+        rest = [member for member in members if _parameter(member) not in parameters]
+        if rest or not separate:
+            add_param_group(optimizer, {**group, "params": rest})
+        if separate:
+            no_decay = {"weight_decay": 0.0} if "weight_decay" in optimizer.defaults else {}
+            add_param_group(optimizer, {**group, "params": separate, "lr": lr, **no_decay})
+
+    Optimizer.add_param_group = add_split  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        Optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
+
+
+def _parameter(member: Any) -> Any:
+    """Return the parameter of a group member, which may be a (name, parameter) pair."""
+    return member[1] if isinstance(member, tuple) else member

@@ -1,0 +1,314 @@
+"""QATCallback: quantization-aware training by adding one callback to a Trainer."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from torch import nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from lightning_qat.callbacks.arguments import build_schedule, find_final_bits
+from lightning_qat.callbacks.bypass import BypassCheck
+from lightning_qat.callbacks.checks import check_callbacks, check_scales_are_optimized
+from lightning_qat.callbacks.control import go_to_rung, learned_scales, mean_bits, observe_scales, set_frozen
+from lightning_qat.callbacks.errors import QATConfigurationError
+from lightning_qat.callbacks.health import HealthMonitor
+from lightning_qat.callbacks.hooks import remove_patch, run_around, separate_param_group
+from lightning_qat.callbacks.summary import print_summary
+from lightning_qat.callbacks.timeline import Timeline, check_position, make_timeline
+from lightning_qat.core import GradientEstimator, Observer, Schedule
+from lightning_qat.core.registry import build
+from lightning_qat.estimators import ESTIMATORS
+from lightning_qat.nn import (
+    Plan,
+    QATLayer,
+    RulesLike,
+    check_finite,
+    parse_rules,
+    prepare,
+)
+from lightning_qat.nn.state import STATE_KEY, load_quantizer_state, quantizer_prefixes, quantizer_state
+from lightning_qat.observers import OBSERVERS
+
+_HOOKS_THAT_BUILD = ("setup", "configure_model")
+
+
+class QATCallback(pl.Callback):
+    """Fine-tune with fake-quantized weights, and inputs if the scheme says so.
+
+    The layers are swapped in place during ``setup``, so that optimizers, checkpoints and every later stage
+    see the model as it is trained. Positions in time are whole numbers of optimizer steps, or fractions of
+    the run in ``[0, 1)``.
+
+    Args:
+        scheme: The final scheme, such as ``"w4g128"`` (see
+            :meth:`QuantScheme.parse <lightning_qat.core.QuantScheme.parse>`), or ordered rules
+            ``[{"target": "Linear", "scheme": "w4"}, {"target": "lm_head", "scheme": "w8"}]`` of which the
+            last match wins. Linear and convolution layers are quantized; embeddings, the output head and
+            children of the model that do not train only if a rule names them.
+        ignore: Modules that stay in float with all that they contain: layer types or name patterns.
+        observer: Where ranges come from: ``"minmax"``, ``"mse"``, a mapping with ``name`` and arguments, or
+            an :class:`~lightning_qat.core.Observer`.
+        estimator: How gradients pass the rounding: ``"ste"``, a mapping, or an object.
+        schedule: Bits over time: a list of widths that share the run equally (``[8, 4, 3, 2]``), a mapping
+            from positions to widths (``{0.0: 8, 0.25: 4}``), or a schedule. It must end at the width of
+            ``scheme``; a layer never goes below its own. Default: the final width from the start.
+        fake_quant_after_n_steps: When fake quantization starts; until then the model trains in float.
+        freeze_at: When the scales stop moving, not before the last rung. Default: never.
+        scale_lr: If given, scales are learned, with this learning rate and no weight decay, in a parameter
+            group of their own; it is relative to the size of a scale. Default: scales are observed.
+        target_module: Name of the submodule outside which nothing is quantized.
+        mapping: Further layer classes, each with the :class:`~lightning_qat.nn.QATLayer` it turns into.
+        health_every_n_steps: Optimizer steps between two measurements of ``qat/sqnr_db``,
+            ``qat/clipped_fraction`` and ``qat/scale_drift``. Default: the Trainer's ``log_every_n_steps``.
+
+    Raises:
+        ValueError: If an argument is not valid, at once; or, before the first batch, as
+            :class:`~lightning_qat.callbacks.errors.QATConfigurationError`, if it does not fit the model or
+            the Trainer.
+
+    Example::
+
+        >>> from lightning_qat import QATCallback
+        >>> callback = QATCallback("w2g32", schedule=[8, 4, 3, 2], ignore=["classifier"], freeze_at=0.9)
+    """
+
+    def __init__(
+        self,
+        scheme: RulesLike,
+        *,
+        ignore: Sequence[str] = (),
+        observer: str | Mapping[str, Any] | Observer = "minmax",
+        estimator: str | Mapping[str, Any] | GradientEstimator = "ste",
+        schedule: str | Schedule | Sequence[float] | Mapping[float, float] | None = None,
+        fake_quant_after_n_steps: float = 0,
+        freeze_at: float | None = None,
+        scale_lr: float | None = None,
+        target_module: str | None = None,
+        mapping: Mapping[type[nn.Module], type[QATLayer]] | None = None,
+        health_every_n_steps: int | None = None,
+    ) -> None:
+        self.rules = parse_rules(scheme)
+        self.ignore = [ignore] if isinstance(ignore, str) else list(ignore)
+        self.observer: Observer = build(observer, OBSERVERS, "observer")
+        self.estimator: GradientEstimator = build(estimator, ESTIMATORS, "estimator")
+        self.schedule = build_schedule(schedule, find_final_bits(self.rules))
+        self.fake_quant_after_n_steps = fake_quant_after_n_steps
+        self.freeze_at = freeze_at
+        self.scale_lr = scale_lr
+        self.target_module = target_module
+        self.mapping = dict(mapping or {})
+        self.health_every_n_steps = health_every_n_steps
+        check_position(fake_quant_after_n_steps, "fake_quant_after_n_steps")
+        if freeze_at is not None:
+            check_position(freeze_at, "freeze_at")
+        if scale_lr is not None and scale_lr <= 0:
+            raise ValueError(f"scale_lr={scale_lr} must be positive; leave it out for observed scales.")
+        if health_every_n_steps is not None and health_every_n_steps < 1:
+            raise ValueError(f"health_every_n_steps={health_every_n_steps} must be at least 1.")
+        self.plan: Plan | None = None
+        self.timeline: Timeline | None = None
+        self._health = HealthMonitor()
+        self._bypass = BypassCheck()
+        self._last_step: int | None = None
+        self._is_restored = False
+
+    # ---------------------------------------------------------------------------------------- before the fit
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Put the fake quantizers in, now or as soon as the model is built."""
+        check_callbacks(trainer.callbacks, self)  # type: ignore[attr-defined]
+        self._is_restored = False
+        self._last_step = None
+        if stage == "fit" and self.scale_lr is not None:
+            run_around(pl_module, "configure_optimizers", lambda call: self._configure_optimizers(pl_module, call))
+        building = [hook for hook in _HOOKS_THAT_BUILD if _is_overridden(pl_module, hook)]
+        for hook in building:
+            insert_after = functools.partial(self._insert_after, pl_module, must_fit=hook == building[-1])
+            run_around(pl_module, hook, insert_after)
+        self._insert(pl_module, must_fit=not building)
+
+    def _insert_after(self, pl_module: pl.LightningModule, build_model: Callable[[], Any], must_fit: bool) -> Any:
+        result = build_model()
+        self._insert(pl_module, must_fit)
+        return result
+
+    def _insert(self, pl_module: pl.LightningModule, must_fit: bool) -> None:
+        """Insert what is not yet in; what does not fit is an error only when the whole model is there."""
+        with contextlib.nullcontext() if must_fit else contextlib.suppress(ValueError):
+            try:
+                self.plan = prepare(
+                    pl_module,
+                    self.rules,
+                    ignore=self.ignore,
+                    observer=self.observer,
+                    estimator=self.estimator,
+                    learn_scales=self.scale_lr is not None,
+                    target_module=self.target_module,
+                    mapping=self.mapping,
+                )
+            except ValueError as error:
+                raise QATConfigurationError(str(error)) from error
+
+    def _configure_optimizers(self, pl_module: pl.LightningModule, call: Callable[[], Any]) -> Any:
+        assert self.scale_lr is not None
+        with separate_param_group(set(learned_scales(pl_module).values()), self.scale_lr):
+            return call()
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Check everything that needs model, loaders and optimizers, and print the summary."""
+        assert self.plan is not None
+        try:
+            check_finite({layer.name: layer.weight for layer in self.plan.layers})
+        except ValueError as error:
+            raise QATConfigurationError(str(error)) from error
+        check_scales_are_optimized(learned_scales(pl_module), trainer.optimizers)
+        self.timeline = make_timeline(trainer, self.schedule, self.fake_quant_after_n_steps, self.freeze_at)
+        if not self._is_restored:
+            self._health = HealthMonitor()
+            go_to_rung(pl_module, self.timeline.num_bits(trainer.global_step), trainer.optimizers)
+        self._print_summary(pl_module)
+
+    @rank_zero_only
+    def _print_summary(self, pl_module: pl.LightningModule) -> None:
+        assert self.plan is not None
+        assert self.timeline is not None
+        policy = f"from the observer ({type(self.observer).__name__})"
+        if self.scale_lr is not None:
+            policy = f"learned with learning rate {self.scale_lr:g}, initially {policy}"
+        print_summary(pl_module, self.plan, self.timeline, policy)
+
+    # ----------------------------------------------------------------------------------------- during the fit
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Bring the quantizers to where the schedule is at this optimizer step."""
+        assert self.timeline is not None
+        step = trainer.global_step
+        if step == self._last_step:  # another batch of the same accumulation
+            return
+        if self._last_step is None:
+            self._bypass.start(pl_module)
+        self._last_step = step
+        is_frozen = self.timeline.is_frozen(step)
+        if not is_frozen:
+            set_frozen(pl_module, False)
+        go_to_rung(pl_module, self.timeline.num_bits(step), trainer.optimizers)
+        if is_frozen:
+            set_frozen(pl_module, True)
+        elif self._looks_again(step - self.timeline.rung_start(step)):
+            observe_scales(pl_module)
+
+    def _looks_again(self, steps_on_rung: int) -> bool:
+        """Return whether a costly observer is due; it finds the first grid of a rung by itself."""
+        if self.observer.every_forward or self.scale_lr is not None or steps_on_rung == 0:
+            return False
+        return steps_on_rung % self.observer.refresh_every_n_steps == 0
+
+    @override
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Keep frozen scales where they are: without a gradient, no optimizer touches them.
+
+        Turning ``requires_grad`` off instead would break DDP, which then waits for gradients that never come.
+        """
+        assert self.timeline is not None
+        if self.timeline.is_frozen(trainer.global_step):
+            for scale in learned_scales(pl_module).values():
+                scale.grad = None
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log bits and health every few optimizer steps."""
+        self._bypass.finish()
+        step = trainer.global_step
+        every_n_steps = self.health_every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if step == self._last_step or every_n_steps == 0 or step % every_n_steps:
+            return
+        figures = {f"qat/{name}": value for name, value in self._health.measure(pl_module).items()}
+        figures["qat/num_bits"] = mean_bits(pl_module)
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=step)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Warn if the run was stopped before its last rung."""
+        assert self.timeline is not None
+        first_step, num_bits = self.timeline.rungs[-1]
+        if trainer.global_step <= first_step:
+            reached = self.timeline.num_bits(max(trainer.global_step - 1, 0))
+            rank_zero_warn(
+                f"Training stopped at optimizer step {trainer.global_step}, on the rung of {reached:g} bits, before "
+                f"the last rung ({num_bits:g} bits from step {first_step}). The model is not trained at its scheme."
+            )
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leave no patch behind."""
+        self._bypass.finish(report=False)
+        for hook in (*_HOOKS_THAT_BUILD, "configure_optimizers"):
+            remove_patch(pl_module, hook)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave no patch behind."""
+        self.teardown(trainer, pl_module, "fit")
+
+    # ------------------------------------------------------------------------------------------- checkpoints
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Move the quantizers' state to a key of its own, so that the file loads into the plain module.
+
+        Sharded strategies load the file straight into the prepared model, and keep it in the state dict.
+        """
+        checkpoint[STATE_KEY] = {
+            **quantizer_state(pl_module),
+            "schedule": self.schedule.state_dict(),
+            "health": self._health.state_dict(),
+        }
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            prefixes = quantizer_prefixes(pl_module)
+            state_dict = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {k: v for k, v in state_dict.items() if not k.startswith(prefixes)}
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Restore the quantizers' state."""
+        state = checkpoint.get(STATE_KEY)
+        if state is not None:
+            try:
+                load_quantizer_state(pl_module, state)
+            except ValueError as error:
+                raise QATConfigurationError(str(error)) from error
+            self.schedule.load_state_dict(state["schedule"])
+            self._health.load_state_dict(state["health"])
+            self._is_restored = True
+        elif self.scale_lr is not None and trainer.training:
+            raise QATConfigurationError(
+                "The checkpoint comes from a run without quantizers, whose optimizer knows no learned scales. Load "
+                "only its weights: model.load_state_dict(torch.load(path)['state_dict']), then fit without ckpt_path."
+            )
+
+
+def _is_overridden(pl_module: pl.LightningModule, hook: str) -> bool:
+    return getattr(type(pl_module), hook) is not getattr(pl.LightningModule, hook)

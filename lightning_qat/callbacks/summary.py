@@ -1,0 +1,48 @@
+"""The one compact table that is printed before training."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from lightning_qat.callbacks.timeline import Timeline
+from lightning_qat.nn import Plan
+from lightning_qat.nn.bits import bit_report
+
+
+def print_summary(root: nn.Module, plan: Plan, timeline: Timeline, scale_policy: str) -> None:
+    """Print what is quantized, what is not and why, effective bits and the schedule."""
+    table = Table(title="Quantization-aware training", show_header=False, title_justify="left", title_style="bold")
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column()
+    for title, text in summary_rows(root, plan, timeline, scale_policy):
+        table.add_row(title, text)
+    Console().print(table)
+
+
+def summary_rows(root: nn.Module, plan: Plan, timeline: Timeline, scale_policy: str) -> list[tuple[str, str]]:
+    """Return the rows of the summary as (title, text)."""
+    schemes = Counter(str(layer.scheme) for layer in plan.layers)
+    report = bit_report(root)
+    reasons: dict[str, list[str]] = defaultdict(list)
+    for name, reason in plan.skipped.items():
+        reasons[reason].append(name)
+    floats = [f"{_name_some(names)}: {reason}" for reason, names in reasons.items()]
+    return [
+        ("Quantized", ", ".join(f"{count} layers at {scheme}" for scheme, count in schemes.items())),
+        ("Left in float", "\n".join(floats) or "nothing that holds a matrix"),
+        (
+            "Bits per weight",
+            f"{report.quantized:.2f} in the quantized layers, {report.model:.2f} in the whole model (with scales)",
+        ),
+        ("Schedule", str(timeline)),
+        ("Scales", scale_policy),
+    ]
+
+
+def _name_some(names: list[str], most: int = 3) -> str:
+    shown = ", ".join(name or "the model itself" for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"

@@ -1,0 +1,115 @@
+"""What happens at which optimizer step: the schedule of one run, with all fractions resolved."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lightning_qat.callbacks.errors import QATConfigurationError
+from lightning_qat.core import PASS_THROUGH_BITS, Schedule
+from lightning_qat.schedules.open_loop import is_fraction, position_to_step
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The schedule of a run in optimizer steps.
+
+    Attributes:
+        rungs: (First step, bits) of each rung, in order.
+        freeze_step: First step at which the scales no longer move, or None.
+        total_steps: Length of the run, or None if unknown.
+    """
+
+    rungs: tuple[tuple[int, float], ...]
+    freeze_step: int | None
+    total_steps: int | None
+
+    def num_bits(self, step: int) -> float:
+        """Return the width at an optimizer step; before the first rung, that of the pass-through."""
+        reached = [bits for first, bits in self.rungs if first <= step]
+        return reached[-1] if reached else PASS_THROUGH_BITS
+
+    def rung_start(self, step: int) -> int:
+        """Return the first step of the rung that ``step`` is on."""
+        return max((first for first, _ in self.rungs if first <= step), default=0)
+
+    def is_frozen(self, step: int) -> bool:
+        """Return whether scales are frozen at ``step``."""
+        return self.freeze_step is not None and step >= self.freeze_step
+
+    def __str__(self) -> str:
+        """Describe the schedule in one line."""
+        rungs = ", ".join(f"{bits:g} bits from step {first}" for first, bits in self.rungs)
+        length = "" if self.total_steps is None else f" of {self.total_steps}"
+        frozen = "never frozen" if self.freeze_step is None else f"frozen from step {self.freeze_step}"
+        return f"{rungs}{length}; scales {frozen}"
+
+
+def check_position(position: Any, name: str) -> None:
+    """Check that a position is a number of optimizer steps or a fraction of the run.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if type(position) not in (int, float):
+        raise ValueError(f"{name}={position!r} must be a number of optimizer steps (int) or a fraction (float).")
+    try:
+        position_to_step(position, total_steps=1)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def make_timeline(trainer: pl.Trainer, schedule: Schedule, start: float, freeze_at: float | None) -> Timeline:
+    """Resolve the positions for the run that ``trainer`` is about to do.
+
+    Args:
+        trainer: The Trainer, its strategy set up.
+        schedule: The schedule of bits.
+        start: When fake quantization starts, in optimizer steps or as a fraction of the run.
+        freeze_at: When scales freeze, likewise, or None.
+
+    Raises:
+        QATConfigurationError: If a fraction is given for a run without a known end or under manual
+            optimization, a rung is not reached, or scales would freeze before the last rung.
+    """
+    is_fractional = schedule.is_fractional or is_fraction(start) or is_fraction(freeze_at)
+    total_steps = _total_steps(trainer, is_fractional)
+    try:
+        first = position_to_step(start, total_steps)
+        rungs = schedule.rungs(first, total_steps)
+        freeze_step = None if freeze_at is None else position_to_step(freeze_at, total_steps)
+    except ValueError as error:
+        raise QATConfigurationError(str(error)) from error
+    if total_steps is not None and total_steps <= first:
+        raise QATConfigurationError(
+            f"Fake quantization would start after {first} steps, but the run has only {total_steps} optimizer steps. "
+            "Lower fake_quant_after_n_steps or train longer."
+        )
+    last_rung = rungs[-1][0]
+    if freeze_step is not None and freeze_step < last_rung:
+        raise QATConfigurationError(
+            f"freeze_at={freeze_at} freezes the scales at step {freeze_step}, before the last rung ({rungs[-1][1]:g} "
+            f"bits) begins at step {last_rung}. Freeze at step {last_rung} or later."
+        )
+    return Timeline(tuple(rungs), freeze_step, total_steps)
+
+
+def _total_steps(trainer: pl.Trainer, is_required: bool) -> int | None:
+    """Return the optimizer steps of the run; None if unknown or, since finding out loads data, not required."""
+    if not is_required:
+        return trainer.max_steps if trainer.max_steps > 0 else None
+    if not trainer.lightning_module.automatic_optimization:
+        raise QATConfigurationError(
+            "Fractions of the run cannot be turned into optimizer steps under manual optimization. Give schedule, "
+            "fake_quant_after_n_steps and freeze_at as whole numbers of optimizer steps."
+        )
+    total = trainer.estimated_stepping_batches
+    if total <= 0 or math.isinf(total):
+        raise QATConfigurationError(
+            "The schedule uses fractions of the run, but this run has no known end (max_time, max_epochs=-1, or a "
+            "loader without a length). Set Trainer(max_steps=...), or give the schedule in optimizer steps."
+        )
+    return int(total)

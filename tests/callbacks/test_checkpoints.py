@@ -1,0 +1,193 @@
+"""Resuming, portability, and loading without a Trainer."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_qat import QATCallback, load_qat
+from lightning_qat.callbacks.errors import QATConfigurationError
+from lightning_qat.callbacks.step_checkpoint import StepCheckpoint
+from lightning_qat.nn import quantized_layers
+from tests.helpers import TinyTask, fit, loader, make_trainer
+
+RUNS = {
+    "observed": {"scheme": "w2g16", "schedule": [8, 4, 3, 2], "freeze_at": 0.9},
+    "learned": {"scheme": "w2g16", "schedule": [8, 4, 3, 2], "freeze_at": 0.9, "scale_lr": 1e-2},
+    "costly": {"scheme": "w2", "schedule": [8, 2], "observer": {"name": "mse", "refresh_every_n_steps": 5}},
+    "asymmetric": {"scheme": "w3-asym", "schedule": [8, 3], "scale_lr": 1e-2},
+    "activations": {"scheme": "w4a8", "schedule": [16, 8, 4]},
+    "without zero": {"scheme": "w2g16-nozero-bf16", "schedule": [4, 2], "freeze_at": 0.8},
+    "late": {"scheme": "w4", "fake_quant_after_n_steps": 17, "freeze_at": 20},
+}
+STEPS = 24
+
+
+def state_of(task):
+    """Everything that must be equal to the bit."""
+    state = dict(task.state_dict())
+    for name, layer in quantized_layers(task).items():
+        params = layer.weight_fake_quant.qparams(layer.weight)
+        state[f"{name}/scale"], state[f"{name}/zero_point"] = params.scale, params.zero_point
+    return state
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        assert (value is None and second[name] is None) or torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("at", [1, 5, 6, 14, 22])
+@pytest.mark.parametrize("name", RUNS)
+def test_resuming_anywhere_is_bit_exact(name, at, tmp_path):
+    whole = TinyTask()
+    fit(whole, QATCallback(**RUNS[name]), StepCheckpoint(tmp_path, [at]), max_steps=STEPS)
+    resumed = TinyTask(seed=99)
+    fit(resumed, QATCallback(**RUNS[name]), max_steps=STEPS, ckpt_path=tmp_path / f"step{at}.ckpt")
+    assert resumed.losses == whole.losses[at:]
+    assert_same(state_of(whole), state_of(resumed))
+
+
+@pytest.mark.parametrize("name", ["observed", "learned"])
+def test_resuming_in_the_middle_of_an_epoch_with_accumulation(name, tmp_path):
+    options = {"max_steps": STEPS, "accumulate_grad_batches": 2, "max_epochs": 3, "num_batches": 20}
+    whole, resumed = TinyTask(optimizer="sgd"), TinyTask(seed=99, optimizer="sgd")
+    fit(whole, QATCallback(**RUNS[name]), StepCheckpoint(tmp_path, [14]), **options)
+    fit(resumed, QATCallback(**RUNS[name]), ckpt_path=tmp_path / "step14.ckpt", **options)
+    assert resumed.losses == whole.losses[28:]
+    assert_same(state_of(whole), state_of(resumed))
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_checkpoint_loads_strictly_without_the_plugin(name, tmp_path):
+    task = TinyTask()
+    fit(task, QATCallback(**RUNS[name]), StepCheckpoint(tmp_path, [14]), max_steps=STEPS)
+    checkpoint = torch.load(tmp_path / "step14.ckpt", weights_only=True)
+    plain = TinyTask(seed=99)
+    plain.load_state_dict(checkpoint["state_dict"], strict=True)
+    loaded = TinyTask.load_from_checkpoint(tmp_path / "step14.ckpt", strict=True)
+    assert_same(plain.state_dict(), loaded.state_dict())
+    assert make_trainer().validate(plain, loader(2), ckpt_path=tmp_path / "step14.ckpt", verbose=False)
+
+
+@pytest.mark.filterwarnings("ignore:Training stopped at optimizer step")
+@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("at", [5, 22])
+def test_validating_a_checkpoint_gives_the_metric_of_the_run(name, at, tmp_path):
+    """With the callback, and through load_qat."""
+    task = TinyTask()
+    callback = QATCallback(**RUNS[name])
+    trainer = fit(task, callback, max_steps=STEPS, limit_train_batches=at)
+    assert trainer.global_step == at
+    expected = trainer.validate(task, loader(2), verbose=False)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    fresh = make_trainer(QATCallback(**RUNS[name]))
+    assert fresh.validate(TinyTask(seed=99), loader(2), ckpt_path=tmp_path / "last.ckpt", verbose=False) == expected
+    rebuilt = load_qat(TinyTask(seed=99), tmp_path / "last.ckpt")
+    assert make_trainer().validate(rebuilt, loader(2), verbose=False) == expected
+
+
+SCRIPT = """
+import json, sys
+sys.path.insert(0, {root!r})
+from lightning_qat import QATCallback
+from tests.helpers import TinyTask, loader, make_trainer
+trainer = make_trainer(QATCallback(**json.loads({run!r})))
+result = trainer.validate(TinyTask(seed=99), loader(2), ckpt_path={path!r}, verbose=False)
+print("RESULT", json.dumps(result[0]["val/loss"].hex()))
+"""
+
+
+@pytest.mark.parametrize("name", ["learned", "costly"])
+def test_validating_in_a_fresh_process_gives_the_same_metric_to_the_bit(name, tmp_path):
+    task = TinyTask()
+    path = tmp_path / f"step{STEPS}.ckpt"
+    trainer = fit(task, QATCallback(**RUNS[name]), StepCheckpoint(tmp_path, [STEPS]), max_steps=STEPS)
+    expected = trainer.validate(task, loader(2), verbose=False)[0]["val/loss"]
+    root = str(Path(__file__).parents[2])
+    script = SCRIPT.format(root=root, run=json.dumps(RUNS[name]), path=str(path))
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env={**_one_thread()}, cwd=tmp_path
+    )
+    result = next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))
+    assert float.fromhex(json.loads(result.removeprefix("RESULT "))) == expected
+
+
+def _one_thread():
+    import os
+
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"scheme": "w2g8"}, "'net.0' is {num_bits: 2.*group_size: 8.*was {num_bits: 2.*group_size: 16"),
+        ({"scheme": "w2g16a8"}, "'net.0' is {num_bits: 8.*was not quantized"),
+        ({"ignore": ["net.2"]}, "'net.2' is not quantized, and was"),
+        ({"scale_lr": 1e-3}, "learn_scales is True, and was False"),
+    ],
+)
+def test_a_checkpoint_of_other_quantizers_is_refused(change, message, tmp_path):
+    fit(TinyTask(), QATCallback(**RUNS["observed"]), StepCheckpoint(tmp_path, [5]), max_steps=STEPS)
+    with pytest.raises(QATConfigurationError, match=f"{message}.*Use the arguments of that run"):
+        fit(
+            TinyTask(),
+            QATCallback(**{**RUNS["observed"], **change}),
+            max_steps=STEPS,
+            ckpt_path=tmp_path / "step5.ckpt",
+        )
+
+
+def test_a_float_checkpoint_starts_qat_where_it_stopped(tmp_path):
+    fit(TinyTask(), StepCheckpoint(tmp_path, [10]), max_steps=10)
+    task = TinyTask(seed=99)
+    fit(task, QATCallback("w4", observer="mse"), max_steps=STEPS, ckpt_path=tmp_path / "step10.ckpt")
+    assert len(task.losses) == STEPS - 10
+    with pytest.raises(QATConfigurationError, match=r"without quantizers.*Load only its weights"):
+        fit(TinyTask(), QATCallback("w4", scale_lr=1e-3), max_steps=STEPS, ckpt_path=tmp_path / "step10.ckpt")
+
+
+def test_a_float_checkpoint_is_quantized_from_its_own_weights(tmp_path):
+    """Stored scales must come from the loaded weights, not from those the quantizers were made with."""
+    float_task = TinyTask()
+    fit(float_task, StepCheckpoint(tmp_path, [10]), max_steps=10)
+    task = TinyTask(seed=99)
+    trainer = make_trainer(QATCallback("w3", observer="mse"))
+    loaded = trainer.validate(task, loader(2), ckpt_path=tmp_path / "step10.ckpt", verbose=False)
+    direct = make_trainer(QATCallback("w3", observer="mse")).validate(float_task, loader(2), verbose=False)
+    assert loaded == direct
+
+
+def test_weights_only_checkpoints_keep_the_state_in_the_state_dict(tmp_path):
+    task = TinyTask()
+    trainer = fit(task, QATCallback(**RUNS["learned"]), max_steps=STEPS)
+    expected = trainer.validate(task, loader(2), verbose=False)
+    trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    fresh = make_trainer(QATCallback(**RUNS["learned"]))
+    assert fresh.validate(TinyTask(seed=99), loader(2), ckpt_path=tmp_path / "weights.ckpt", verbose=False) == expected
+    with pytest.raises(ValueError, match=r"no 'lightning_qat' entry.*save_weights_only"):
+        load_qat(TinyTask(), tmp_path / "weights.ckpt")
+
+
+def test_load_qat_refuses_a_model_without_the_layers(tmp_path):
+    fit(TinyTask(), QATCallback("w4"), StepCheckpoint(tmp_path, [2]), max_steps=2)
+    checkpoint = torch.load(tmp_path / "step2.ckpt", weights_only=True)
+    checkpoint["lightning_qat"]["layers"]["net.9"] = checkpoint["lightning_qat"]["layers"].pop("net.0")
+    with pytest.raises(ValueError, match=r"quantizes 'net.9', which is not a quantizable layer"):
+        load_qat(TinyTask(), checkpoint)
+    checkpoint["lightning_qat"]["version"] = 99
+    with pytest.raises(ValueError, match="newer lightning_qat"):
+        load_qat(TinyTask(), checkpoint)
+
+
+def test_missing_quantizer_state_is_refused(tmp_path):
+    fit(TinyTask(), QATCallback("w4"), StepCheckpoint(tmp_path, [2]), max_steps=2)
+    checkpoint = torch.load(tmp_path / "step2.ckpt", weights_only=True)
+    checkpoint["lightning_qat"]["quantizers"].popitem()
+    with pytest.raises(ValueError, match="damaged or incomplete"):
+        load_qat(TinyTask(), checkpoint)

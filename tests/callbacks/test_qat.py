@@ -1,0 +1,381 @@
+"""Real Trainer runs of QATCallback."""
+
+import copy
+import csv
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+
+from lightning_qat import QATCallback, restore_float
+from lightning_qat.nn import QATLinear, quantized_layers
+from lightning_qat.schedules import Staircase
+from tests.helpers import TinyTask, batch_at, fit, loader, make_trainer
+
+
+class Watch(pl.Callback):
+    """Writes down what the quantizers look like in every batch."""
+
+    def __init__(self):
+        self.bits, self.scales, self.frozen = [], [], []
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        quantizers = [layer.weight_fake_quant for layer in quantized_layers(pl_module).values()]
+        weights = [layer.weight for layer in quantized_layers(pl_module).values()]
+        self.bits.append(quantizers[0].num_bits)
+        self.frozen.append(quantizers[0].frozen)
+        self.scales.append([q.qparams(w).scale.detach().clone() for q, w in zip(quantizers, weights, strict=True)])
+
+
+def test_one_argument_is_enough():
+    task = TinyTask()
+    fit(task, QATCallback("w4"), max_steps=20)
+    assert [type(module) for module in task.net] == [QATLinear, nn.ReLU, QATLinear]
+    assert task.losses[-1] < task.losses[0]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [
+        ([8, 4, 3, 2], [8] * 6 + [4] * 6 + [3] * 6 + [2] * 6),
+        ({0.0: 8, 0.25: 4, 0.5: 2}, [8] * 6 + [4] * 6 + [2] * 12),
+        ({0: 16, 5: 8, 7: 2}, [16] * 5 + [8] * 2 + [2] * 17),
+        (None, [2] * 24),
+        (Staircase([3, 2]), [3] * 12 + [2] * 12),
+        ({"name": "staircase", "bits": [4, 2]}, [4] * 12 + [2] * 12),
+    ],
+)
+def test_annealing_reaches_each_rung_at_the_stated_step(schedule, steps):
+    watch = Watch()
+    callback = QATCallback("w2", schedule=schedule)
+    fit(TinyTask(), callback, watch, max_steps=24)
+    assert watch.bits == steps
+    assert callback.timeline.rungs[-1][1] == 2
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_rungs_count_optimizer_steps(accumulate):
+    watch = Watch()
+    fit(
+        TinyTask(),
+        QATCallback("w2", schedule={0: 8, 2: 4, 5: 2}, freeze_at=6),
+        watch,
+        max_steps=8,
+        accumulate_grad_batches=accumulate,
+    )
+    expected = [8] * 2 + [4] * 3 + [2] * 3
+    assert watch.bits == [bits for bits in expected for _ in range(accumulate)]
+    assert watch.frozen == [step >= 6 for step in range(8) for _ in range(accumulate)]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_the_last_rung_is_reached_on_the_shortest_run(steps):
+    watch = Watch()
+    fit(TinyTask(), QATCallback("w2", schedule=[8, 4, 3, 2]), watch, max_steps=steps)
+    assert watch.bits[-1] == 2
+
+
+def test_a_mixed_model_uses_the_wider_of_rung_and_own_width():
+    rules = [{"target": "net.0", "scheme": "w4"}, {"target": "net.2", "scheme": "w2"}]
+    task, seen = TinyTask(), []
+
+    class See(pl.Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            seen.append([layer.weight_fake_quant.num_bits for layer in quantized_layers(pl_module).values()])
+
+    fit(task, QATCallback(rules, schedule=[8, 3, 2]), See(), max_steps=6)
+    assert seen == [[8, 8]] * 2 + [[4, 3]] * 2 + [[4, 2]] * 2
+
+
+def test_fake_quantization_starts_late_and_the_model_trains_in_float_until_then():
+    plain, late = TinyTask(), TinyTask()
+    fit(plain, max_steps=10)
+    fit(late, QATCallback("w2", fake_quant_after_n_steps=6), max_steps=10)
+    assert late.losses[:6] == plain.losses[:6]
+    assert late.losses[6] > plain.losses[6]
+    fraction = TinyTask()
+    fit(fraction, QATCallback("w2", fake_quant_after_n_steps=0.6), max_steps=10)
+    assert fraction.losses == late.losses
+
+
+@pytest.mark.parametrize("scheme", ["w2g16", "w3g16-asym", "w4g16-bf16"])
+@pytest.mark.parametrize("options", [{}, {"scale_lr": 0.5}, {"observer": {"name": "mse", "refresh_every_n_steps": 2}}])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_frozen_scales_do_not_move_by_a_bit(scheme, options, optimizer):
+    watch, task = Watch(), TinyTask(optimizer=optimizer)
+    fit(task, QATCallback(scheme, freeze_at=6, **options), watch, max_steps=12)
+    assert watch.frozen == [False] * 6 + [True] * 6
+    for later in watch.scales[7:]:
+        assert all(torch.equal(a, b) for a, b in zip(watch.scales[6], later, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(watch.scales[0], watch.scales[6], strict=True))
+    assert task.losses[6:] != sorted(task.losses[6:])[::-1] or len(set(task.losses[6:])) > 1  # the weights still train
+
+
+def test_observed_scales_follow_the_weight():
+    watch = Watch()
+    fit(TinyTask(), QATCallback("w4"), watch, max_steps=4)
+    assert not torch.equal(watch.scales[0][0], watch.scales[1][0])
+
+
+def test_a_costly_observer_looks_again_when_it_said_it_would():
+    watch = Watch()
+    observer = {"name": "mse", "num_steps": 5, "refresh_every_n_steps": 3}
+    fit(TinyTask(), QATCallback("w2", schedule={0: 4, 4: 2}, observer=observer), watch, max_steps=10)
+    changed = [not torch.equal(a[0], b[0]) for a, b in zip(watch.scales, watch.scales[1:], strict=False)]
+    # After 3 steps on the first rung, at the rung of step 4, then after 3 and 6 steps on it would be 7 and 10.
+    assert [step for step, moved in enumerate(changed, start=1) if moved] == [3, 4, 7]
+
+
+# --------------------------------------------------------------------------------------------- learned scales
+
+
+def groups_of(trainer):
+    return [(len(g["params"]), g["lr"], g["weight_decay"]) for g in trainer.optimizers[0].param_groups]
+
+
+def test_learned_scales_have_a_group_of_their_own():
+    task = TinyTask()
+    trainer = fit(task, QATCallback("w4g16", scale_lr=3e-3), max_steps=3)
+    assert groups_of(trainer) == [(4, 1e-2, 1e-2), (2, 3e-3, 0.0)]
+    assert "configure_optimizers" not in vars(task)
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize(
+    "make_scheduler",
+    [
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
+        lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1e-2, total_steps=10),
+        lambda o: torch.optim.lr_scheduler.SequentialLR(
+            o, [torch.optim.lr_scheduler.ConstantLR(o), torch.optim.lr_scheduler.ExponentialLR(o, 0.9)], [3]
+        ),
+    ],
+    ids=["lambda", "cosine", "onecycle", "sequential"],
+)
+def test_learning_rate_schedulers_know_the_group(make_scheduler, named):
+    class Task(TinyTask):
+        def configure_optimizers(self):
+            members = self.named_parameters() if named else self.parameters()
+            optimizer = torch.optim.AdamW(members, 1e-2)
+            scheduler = {"scheduler": make_scheduler(optimizer), "interval": "step"}
+            return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    trainer = fit(Task(), QATCallback("w4g16", scale_lr=1e-3), max_steps=6)
+    assert [count for count, _, _ in groups_of(trainer)] == [4, 2]
+
+
+def test_groups_of_the_user_are_split_one_by_one():
+    class Task(TinyTask):
+        def configure_optimizers(self):
+            first = {"params": self.net[0].parameters(), "lr": 1e-2}
+            second = {"params": list(self.net[2].parameters()), "lr": 1e-3, "weight_decay": 0.5}
+            return torch.optim.AdamW([first, second], lr=1.0)
+
+    trainer = fit(Task(), QATCallback("w4g16", scale_lr=1e-4), max_steps=2)
+    assert groups_of(trainer) == [(2, 1e-2, 1e-2), (1, 1e-4, 0.0), (2, 1e-3, 0.5), (1, 1e-4, 0.0)]
+
+
+def test_scales_are_learned_and_refitted_on_each_rung():
+    task, callback = TinyTask(), QATCallback("w2", schedule={0: 4, 5: 2}, scale_lr=1e-2)
+    ratios = []
+
+    class See(pl.Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            ratio = pl_module.net[0].weight_fake_quant.log_scale_ratio
+            ratios.append(ratio.detach().clone())
+            if trainer.global_step == 5:
+                assert ratio not in trainer.optimizers[0].state  # what the moments knew was another grid
+
+    fit(task, callback, See(), max_steps=8)
+    assert torch.count_nonzero(ratios[0]) == 0
+    assert torch.count_nonzero(ratios[4]) == len(ratios[4])
+    assert torch.count_nonzero(ratios[5]) == 0
+    assert torch.count_nonzero(ratios[7]) == len(ratios[7])
+
+
+# --------------------------------------------------------------------------------------- models that come late
+
+
+class BuiltInSetup(TinyTask):
+    def __init__(self):
+        super().__init__()
+        del self.net
+
+    def setup(self, stage):
+        if not hasattr(self, "net"):
+            self.build()
+
+    def build(self):
+        torch.manual_seed(5)
+        self.net = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+
+
+class BuiltInConfigureModel(BuiltInSetup):
+    def setup(self, stage):
+        pass
+
+    def configure_model(self):
+        if not hasattr(self, "net"):
+            self.build()
+
+
+@pytest.mark.parametrize("task_class", [BuiltInSetup, BuiltInConfigureModel])
+@pytest.mark.parametrize("options", [{}, {"scale_lr": 1e-3}])
+def test_models_that_are_built_late_are_quantized(task_class, options):
+    task = task_class()
+    trainer = fit(task, QATCallback("w4", **options), max_steps=4)
+    assert len(quantized_layers(task)) == 2
+    assert not {"setup", "configure_model", "configure_optimizers"} & set(vars(task))
+    copy.deepcopy(task)
+    trainer.validate(task, loader(2), verbose=False)
+    assert len(quantized_layers(task)) == 2
+
+
+def test_a_rule_that_matches_nothing_in_a_late_model_is_still_an_error():
+    with pytest.raises(ValueError, match="rule target 'nett' matches no module"):
+        fit(BuiltInConfigureModel(), QATCallback([{"target": "nett", "scheme": "w4"}]), max_steps=4)
+
+
+# ---------------------------------------------------------------------------------------------------- logging
+
+
+def test_bits_and_health_are_logged_in_aggregate(tmp_path):
+    logger = CSVLogger(tmp_path)
+    callback = QATCallback("w2", schedule={0: 16, 4: 4, 8: 2})
+    trainer = fit(TinyTask(), callback, max_steps=12, logger=logger, log_every_n_steps=2)
+    with open(logger.experiment.metrics_file_path) as file:
+        rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+    logged = {row["step"]: row for row in rows if "qat/num_bits" in row}
+    assert sorted(logged) == [2, 4, 6, 8, 10, 12]
+    assert [logged[step]["qat/num_bits"] for step in sorted(logged)] == [16, 16, 4, 4, 2, 2]
+    assert "qat/sqnr_db" not in logged[4]
+    assert 12 < logged[6]["qat/sqnr_db"] < 26  # a normal weight per channel: about 6 dB per bit, less the peak
+    assert logged[12]["qat/sqnr_db"] < logged[8]["qat/sqnr_db"] - 6
+    assert 0 <= logged[12]["qat/clipped_fraction"] < 0.2
+    assert 0 < logged[12]["qat/scale_drift"] < 0.5
+    assert "qat/scale_drift" not in logged[10]  # the first look at a new grid
+    names = {name for row in rows for name in row if name.startswith("qat/")}
+    assert names == {"qat/num_bits", "qat/sqnr_db", "qat/clipped_fraction", "qat/scale_drift"}
+    assert trainer.callback_metrics["qat/num_bits"] == 2
+
+
+def test_sqnr_is_that_of_the_definition():
+    task = TinyTask()
+    trainer = fit(task, QATCallback("w3", health_every_n_steps=1), max_steps=1)
+    layers = quantized_layers(task).values()
+    signal = sum(layer.weight.double().square().sum() for layer in layers)
+    noise = sum((layer.fake_quantized_weight() - layer.weight).double().square().sum() for layer in layers)
+    assert trainer.callback_metrics["qat/sqnr_db"] == pytest.approx(10 * (signal / noise).log10().item(), rel=1e-5)
+
+
+def test_the_summary_says_what_is_done_and_why(capsys):
+    class Task(TinyTask):
+        def __init__(self):
+            super().__init__()
+            self.embed = nn.Embedding(4, 4)
+
+    fit(Task(), QATCallback("w2g16", schedule=[8, 4, 2], freeze_at=0.9, ignore=["net.2"]), max_steps=30)
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "1 layers at w2g16" in text
+    assert "net.2: ignored" in text
+    assert "embed: embeddings stay in float" in text
+    assert "4.00 in the quantized layers" in text
+    assert "8 bits from step 0, 4 bits from step 10, 2 bits from step 20 of 30; scales frozen from step 27" in text
+
+
+def test_a_run_that_stops_before_its_last_rung_warns():
+    class Stop(pl.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.should_stop = trainer.global_step == 5
+
+    with pytest.warns(UserWarning, match="on the rung of 8 bits, before the last rung"):
+        fit(TinyTask(), QATCallback("w2", schedule=[8, 2]), Stop(), max_steps=20)
+
+
+def test_layers_whose_forward_is_bypassed_are_reported():
+    class Task(TinyTask):
+        def forward(self, x):
+            return self.net[2](torch.relu(nn.functional.linear(x, self.net[0].weight)))
+
+    with pytest.warns(UserWarning, match=r"did not call 1 of the quantized layers: net.0"):
+        fit(Task(), QATCallback("w4"), max_steps=2)
+    fit(TinyTask(), QATCallback("w4"), max_steps=2)  # a warning would be an error
+
+
+# -------------------------------------------------------------------------------------------- life of a module
+
+
+def test_fit_twice_starts_the_schedule_again():
+    task, watch = TinyTask(), Watch()
+    fit(task, QATCallback("w2", schedule=[8, 2], freeze_at=0.8), max_steps=10)
+    fit(task, QATCallback("w2", schedule=[8, 2], freeze_at=0.8), watch, max_steps=10)
+    assert watch.bits == [8] * 5 + [2] * 5
+    assert watch.frozen == [False] * 8 + [True] * 2
+
+
+def test_fit_again_with_another_scheme():
+    task = TinyTask()
+    fit(task, QATCallback("w4"), max_steps=2)
+    fit(task, QATCallback("w3g16-asym"), max_steps=2)
+    assert str(task.net[0].weight_fake_quant.scheme) == "w3g16-asym"
+
+
+def test_continuing_a_fit_keeps_frozen_scales():
+    task, callback = TinyTask(), QATCallback("w2", freeze_at=4)
+    trainer = fit(task, callback, num_batches=6)
+    frozen = task.net[0].weight_fake_quant.scale.clone()
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(task, loader(6), loader(2))
+    assert trainer.global_step == 12
+    assert torch.equal(task.net[0].weight_fake_quant.scale, frozen)
+
+
+def test_every_stage_sees_the_quantized_model():
+    task, callback = TinyTask(), QATCallback("w2")
+    before_fit = make_trainer(callback).validate(task, loader(2), verbose=False)
+    assert len(quantized_layers(task)) == 2
+    trainer = fit(task, callback, max_steps=10)
+    validated = trainer.validate(task, loader(2), verbose=False)
+    tested = trainer.test(task, loader(2), verbose=False)
+    predicted = trainer.predict(task, loader(2))
+    assert validated[0]["val/loss"] == tested[0]["test/loss"] != before_fit[0]["val/loss"]
+    assert torch.equal(predicted[0], task(batch_at(10_000)))
+    restore_float(task)
+    assert trainer.test(task, loader(2), verbose=False) == tested  # setup puts the quantizers back in
+
+
+def test_an_exception_in_training_leaves_no_patch():
+    class Fails(BuiltInConfigureModel):
+        def configure_model(self):
+            raise RuntimeError("no model today")
+
+    task = Fails()
+    with pytest.raises(RuntimeError, match="no model today"):
+        fit(task, QATCallback("w4", scale_lr=1e-3), max_steps=2)
+    assert not {"setup", "configure_model", "configure_optimizers"} & set(vars(task))
+
+
+def test_activations_are_quantized_in_training():
+    task = TinyTask()
+    fit(task, QATCallback("w8a4"), max_steps=5)
+    assert task.net[0].input_fake_quant.num_bits == 4
+    with torch.no_grad():
+        outputs = task.net[0].input_fake_quant(torch.randn(3, 16))
+    assert all(len(row.unique()) <= 16 for row in outputs)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_the_grid_is_float32_under_reduced_precision(precision):
+    class Task(TinyTask):
+        def loss(self, x):
+            x = x.to(self.net[0].weight.dtype)
+            return nn.functional.mse_loss(self(x), torch.tanh(x @ self.target.to(x.dtype)))
+
+    task = Task()
+    fit(task, QATCallback("w4g16", scale_lr=1e-3), max_steps=3, precision=precision)
+    assert task.net[0].weight_fake_quant.scale.dtype == torch.float32
+    assert task.net[0].weight_fake_quant.log_scale_ratio.dtype == torch.float32
+    assert task.net[0].weight.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
