@@ -1,0 +1,1 @@
+"""Configuration groups, composed by Hydra."""

@@ -1,0 +1,109 @@
+"""Training one arm of a comparison, and scoring what it left behind."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import WandbLogger
+from omegaconf import DictConfig
+from rich.console import Console
+
+from lightning_qat.callbacks.step_checkpoint import StepCheckpoint
+
+
+@dataclass(frozen=True)
+class TrainedArm:
+    """What training an arm left behind.
+
+    Attributes:
+        checkpoints: Path of the checkpoint by optimizer step.
+        seconds: Wall time of the fit.
+    """
+
+    checkpoints: dict[int, Path]
+    seconds: float
+
+    @property
+    def last(self) -> Path:
+        """The checkpoint of the last step."""
+        return self.checkpoints[max(self.checkpoints)]
+
+
+class ArmRunner:
+    """Trains and scores arms that share task, data, Trainer and logger of one configuration.
+
+    Args:
+        cfg: The composed configuration.
+        seed: Seed of data order and initial weights.
+        output_dir: Where checkpoints go.
+    """
+
+    def __init__(self, cfg: DictConfig, seed: int, output_dir: Path) -> None:
+        self.cfg, self.seed, self.output_dir = cfg, seed, output_dir
+        self.data: pl.LightningDataModule = instantiate(cfg.data, seed=seed)
+
+    def make_task(self, phase: DictConfig | None = None) -> pl.LightningModule:
+        """Return a new task with the settings of a phase."""
+        pl.seed_everything(self.seed, verbose=False)
+        task: pl.LightningModule = instantiate(self.cfg.task, **(phase.task if phase is not None else {}))
+        return task
+
+    def train(
+        self,
+        arm: str,
+        phase: DictConfig,
+        init_from: Path | None = None,
+        callbacks: Sequence[pl.Callback] = (),
+        checkpoint_steps: Iterable[int] = (),
+    ) -> TrainedArm:
+        """Train one arm and keep checkpoints at the given steps and at the end.
+
+        Args:
+            arm: Its name, the prefix of what it logs.
+            phase: Overrides of ``task`` and ``trainer``, ``trainer.max_steps`` among them.
+            init_from: Checkpoint whose weights it starts from.
+            callbacks: Callbacks besides the one that saves.
+            checkpoint_steps: Optimizer steps after which to save.
+        """
+        Console().rule(f"seed {self.seed}: {arm}, {phase.trainer.max_steps} optimizer steps")
+        task = self.make_task(phase)
+        if init_from is not None:
+            task.load_state_dict(load_weights(init_from))
+        saver = StepCheckpoint(self.output_dir / "checkpoints" / f"seed{self.seed}" / arm, checkpoint_steps)
+        saver.steps.add(phase.trainer.max_steps)
+        trainer = self._trainer(callbacks=[*callbacks, saver], logger=self._logger(arm), **phase.trainer)
+        started = time.perf_counter()
+        trainer.fit(task, datamodule=self.data)
+        return TrainedArm({step: saver.path(step) for step in sorted(saver.steps)}, time.perf_counter() - started)
+
+    def score(self, task: pl.LightningModule) -> float:
+        """Return the metric of ``task`` on the validation data."""
+        trainer = self._trainer(logger=False, enable_progress_bar=False)
+        results = trainer.validate(task, datamodule=self.data, verbose=False)
+        return float(results[0][self.cfg.metric.key])
+
+    def _trainer(self, **overrides: Any) -> pl.Trainer:
+        trainer: pl.Trainer = instantiate(self.cfg.trainer, **overrides, enable_checkpointing=False)
+        return trainer
+
+    def _logger(self, arm: str) -> Any:
+        """Return the logger for an arm; all arms of all seeds share one W&B run."""
+        if not self.cfg.logger:
+            return False
+        logger = instantiate(self.cfg.logger, prefix=f"seed{self.seed}/{arm}")
+        if isinstance(logger, WandbLogger):
+            logger.experiment.config.update({"name": self.cfg.name, "seeds": list(self.cfg.seeds)})
+        return logger
+
+
+def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Return the state dict in a checkpoint."""
+    state_dict: dict[str, torch.Tensor] = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+    return state_dict

@@ -1,0 +1,131 @@
+"""``lightning-qat compare``: does QAT pay here, and at which bits?
+
+For every seed: a float base, then two arms that start from it and train for as many steps, a float control
+and QAT. At the end of each rung QAT is compared with the control at the same step and with the control
+rounded to nearest on the same grid, layers and data.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning.pytorch as pl
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from lightning_qat.api import load_qat
+from lightning_qat.callbacks import QATCallback
+from lightning_qat.cli.arms import ArmRunner, TrainedArm, load_weights
+from lightning_qat.nn import prepare, quantize_after_training, set_num_bits
+from lightning_qat.nn.bits import BitReport, bit_report
+from lightning_qat.ptq import RTN
+from lightning_qat.records import EvalRecord, append_record
+from lightning_qat.schedules.open_loop import position_to_step
+from lightning_qat.tracking.report import report
+
+
+@hydra.main(version_base="1.3", config_path="pkg://lightning_qat.conf", config_name="compare")
+def main(cfg: DictConfig) -> None:
+    """Run the comparison, and leave ``results.jsonl`` and ``quality_vs_bits.png`` in the output folder."""
+    output_dir = Path(HydraConfig.get().runtime.output_dir)
+    results = output_dir / "results.jsonl"
+    results.unlink(missing_ok=True)
+    for seed in cfg.seeds:
+        compare_seed(cfg, seed, output_dir, functools.partial(append_record, results))
+    report(results, output_dir / "quality_vs_bits.png", cfg.title)
+
+
+def compare_seed(cfg: DictConfig, seed: int, output_dir: Path, save: Callable[[EvalRecord], None]) -> None:
+    """Train the three arms of one seed and hand every record to ``save``.
+
+    Args:
+        cfg: The composed configuration.
+        seed: The seed.
+        output_dir: Where checkpoints go.
+        save: Called with each record.
+    """
+    runner = ArmRunner(cfg, seed, output_dir)
+    max_steps = cfg.finetune.trainer.max_steps
+    qat: QATCallback = instantiate(cfg.callbacks.qat)
+    starts = qat.schedule.rungs(position_to_step(qat.fake_quant_after_n_steps, max_steps), max_steps)
+    ends = [first for first, _ in starts[1:]] + [max_steps]
+    base = runner.train("base", cfg.base)
+    control = runner.train("control", cfg.finetune, init_from=base.last, checkpoint_steps=ends)
+    trained = runner.train("qat", cfg.finetune, init_from=base.last, callbacks=[qat], checkpoint_steps=ends)
+    scorer = _Scorer(runner, qat, save)
+    scorer.score_float("float_base", base, base.last, step=0)
+    for (_, num_bits), step in zip(starts, ends, strict=True):
+        scorer.score_float("float_control", control, control.checkpoints[step], step)
+        scorer.score_rtn(control.checkpoints[step], num_bits, step)
+        scorer.score_qat(trained, num_bits, step)
+
+
+class _Scorer:
+    """Turns checkpoints into records."""
+
+    def __init__(self, runner: ArmRunner, qat: QATCallback, save: Callable[[EvalRecord], None]) -> None:
+        self.runner, self.qat, self.save = runner, qat, save
+
+    def score_float(self, method: str, arm: TrainedArm, checkpoint: Path, step: int) -> None:
+        task = self._load_float(checkpoint)
+        self._record(task, method=method, step=step, trained_with="float", cost_seconds=arm.seconds)
+
+    def score_rtn(self, checkpoint: Path, num_bits: float, step: int) -> None:
+        task = self._load_float(checkpoint)
+        started = time.perf_counter()
+        prepare(
+            task,
+            self.qat.rules,
+            ignore=self.qat.ignore,
+            observer=self.qat.observer,
+            target_module=self.qat.target_module,
+            mapping=self.qat.mapping,
+        )
+        set_num_bits(task, num_bits)
+        quantize_after_training(task, RTN())
+        seconds = time.perf_counter() - started
+        self._record(task, num_bits, method="rtn", step=step, trained_with="float", cost_seconds=seconds)
+
+    def score_qat(self, arm: TrainedArm, num_bits: float, step: int) -> None:
+        task = load_qat(
+            self.runner.make_task(),
+            arm.checkpoints[step],
+            observer=self.qat.observer,
+            estimator=self.qat.estimator,
+            mapping=self.qat.mapping,
+        )
+        self._record(task, num_bits, method="qat", step=step, trained_with="qat", cost_seconds=arm.seconds)
+
+    def _load_float(self, checkpoint: Path) -> pl.LightningModule:
+        task = self.runner.make_task()
+        task.load_state_dict(load_weights(checkpoint))
+        return task
+
+    def _record(self, task: pl.LightningModule, num_bits: float | None = None, **fields: Any) -> None:
+        bits = BitReport(32, 32) if num_bits is None else bit_report(task, num_bits)
+        metric = self.runner.cfg.metric
+        record = EvalRecord(
+            scheme=self._scheme(num_bits),
+            num_bits=num_bits or 32,
+            effective_bits=bits.quantized,
+            model_bits=bits.model,
+            metric=metric.name,
+            value=self.runner.score(task),
+            higher_is_better=metric.higher_is_better,
+            seed=self.runner.seed,
+            data_hash=getattr(self.runner.data, "data_hash", None),
+            **fields,
+        )
+        self.save(record)
+
+    def _scheme(self, num_bits: float | None) -> str | None:
+        if num_bits is None:
+            return None
+        schemes = {str(rule.scheme.at(num_bits)) for rule in self.qat.rules if rule.scheme is not None}
+        return ", ".join(sorted(schemes))

@@ -1,0 +1,1 @@
+"""Recipes: one configuration per documented result."""
