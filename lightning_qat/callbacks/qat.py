@@ -18,7 +18,7 @@ from lightning_qat.callbacks.arguments import build_schedule, find_final_bits
 from lightning_qat.callbacks.bypass import BypassCheck
 from lightning_qat.callbacks.checks import check_callbacks, check_scales_are_optimized
 from lightning_qat.callbacks.control import go_to_rung, learned_scales, mean_bits, observe_scales, set_frozen
-from lightning_qat.callbacks.errors import QATConfigurationError
+from lightning_qat.callbacks.errors import QATConfigurationError, as_configuration_error
 from lightning_qat.callbacks.health import HealthMonitor
 from lightning_qat.callbacks.hooks import remove_patch, run_around, separate_param_group
 from lightning_qat.callbacks.summary import print_summary
@@ -33,6 +33,7 @@ from lightning_qat.nn import (
     check_finite,
     parse_rules,
     prepare,
+    quantized_layers,
 )
 from lightning_qat.nn.state import STATE_KEY, load_quantizer_state, quantizer_prefixes, quantizer_state
 from lightning_qat.observers import OBSERVERS
@@ -120,6 +121,24 @@ class QATCallback(pl.Callback):
         self._last_step: int | None = None
         self._is_restored = False
 
+    def prepare(self, module: nn.Module) -> Plan:
+        """Put the quantizers into ``module`` in place, as in a fit; for use without a Trainer.
+
+        Raises:
+            QATConfigurationError: If the arguments do not fit the model.
+        """
+        with as_configuration_error():
+            return prepare(
+                module,
+                self.rules,
+                ignore=self.ignore,
+                observer=self.observer,
+                estimator=self.estimator,
+                learn_scales=self.scale_lr is not None,
+                target_module=self.target_module,
+                mapping=self.mapping,
+            )
+
     # ---------------------------------------------------------------------------------------- before the fit
 
     @override
@@ -143,20 +162,8 @@ class QATCallback(pl.Callback):
 
     def _insert(self, pl_module: pl.LightningModule, must_fit: bool) -> None:
         """Insert what is not yet in; what does not fit is an error only when the whole model is there."""
-        with contextlib.nullcontext() if must_fit else contextlib.suppress(ValueError):
-            try:
-                self.plan = prepare(
-                    pl_module,
-                    self.rules,
-                    ignore=self.ignore,
-                    observer=self.observer,
-                    estimator=self.estimator,
-                    learn_scales=self.scale_lr is not None,
-                    target_module=self.target_module,
-                    mapping=self.mapping,
-                )
-            except ValueError as error:
-                raise QATConfigurationError(str(error)) from error
+        with contextlib.nullcontext() if must_fit else contextlib.suppress(QATConfigurationError):
+            self.plan = self.prepare(pl_module)
 
     def _configure_optimizers(self, pl_module: pl.LightningModule, call: Callable[[], Any]) -> Any:
         assert self.scale_lr is not None
@@ -167,10 +174,8 @@ class QATCallback(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check everything that needs model, loaders and optimizers, and print the summary."""
         assert self.plan is not None
-        try:
+        with as_configuration_error():
             check_finite({layer.name: layer.weight for layer in self.plan.layers})
-        except ValueError as error:
-            raise QATConfigurationError(str(error)) from error
         check_scales_are_optimized(learned_scales(pl_module), trainer.optimizers)
         self.timeline = make_timeline(trainer, self.schedule, self.fake_quant_after_n_steps, self.freeze_at)
         if not self._is_restored:
@@ -249,13 +254,8 @@ class QATCallback(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn if the run was stopped before its last rung."""
         assert self.timeline is not None
-        first_step, num_bits = self.timeline.rungs[-1]
-        if trainer.global_step <= first_step:
-            reached = self.timeline.num_bits(max(trainer.global_step - 1, 0))
-            rank_zero_warn(
-                f"Training stopped at optimizer step {trainer.global_step}, on the rung of {reached:g} bits, before "
-                f"the last rung ({num_bits:g} bits from step {first_step}). The model is not trained at its scheme."
-            )
+        if shortfall := self.timeline.describe_shortfall(trainer.global_step):
+            rank_zero_warn(shortfall)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -279,6 +279,8 @@ class QATCallback(pl.Callback):
 
         Sharded strategies load the file straight into the prepared model, and keep it in the state dict.
         """
+        if not quantized_layers(pl_module):  # taken out again with restore_float
+            return
         checkpoint[STATE_KEY] = {
             **quantizer_state(pl_module),
             "schedule": self.schedule.state_dict(),
@@ -296,10 +298,8 @@ class QATCallback(pl.Callback):
         """Restore the quantizers' state."""
         state = checkpoint.get(STATE_KEY)
         if state is not None:
-            try:
+            with as_configuration_error():
                 load_quantizer_state(pl_module, state)
-            except ValueError as error:
-                raise QATConfigurationError(str(error)) from error
             self.schedule.load_state_dict(state["schedule"])
             self._health.load_state_dict(state["health"])
             self._is_restored = True

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_qat.callbacks.errors import QATConfigurationError
+from lightning_qat.callbacks.errors import QATConfigurationError, as_configuration_error
 from lightning_qat.core import PASS_THROUGH_BITS, Schedule
 from lightning_qat.schedules.open_loop import is_fraction, position_to_step
 
@@ -39,6 +39,17 @@ class Timeline:
     def is_frozen(self, step: int) -> bool:
         """Return whether scales are frozen at ``step``."""
         return self.freeze_step is not None and step >= self.freeze_step
+
+    def describe_shortfall(self, steps_done: int) -> str | None:
+        """Return a warning if a run of ``steps_done`` optimizer steps did not reach the last rung."""
+        first_step, num_bits = self.rungs[-1]
+        if steps_done > first_step:
+            return None
+        reached = self.num_bits(max(steps_done - 1, 0))
+        return (
+            f"Training stopped at optimizer step {steps_done}, on the rung of {reached:g} bits, before the last rung "
+            f"({num_bits:g} bits from step {first_step}). The model is not trained at its scheme."
+        )
 
     def __str__(self) -> str:
         """Describe the schedule in one line."""
@@ -77,12 +88,10 @@ def make_timeline(trainer: pl.Trainer, schedule: Schedule, start: float, freeze_
     """
     is_fractional = schedule.is_fractional or is_fraction(start) or is_fraction(freeze_at)
     total_steps = _total_steps(trainer, is_fractional)
-    try:
+    with as_configuration_error():
         first = position_to_step(start, total_steps)
         rungs = schedule.rungs(first, total_steps)
         freeze_step = None if freeze_at is None else position_to_step(freeze_at, total_steps)
-    except ValueError as error:
-        raise QATConfigurationError(str(error)) from error
     if total_steps is not None and total_steps <= first:
         raise QATConfigurationError(
             f"Fake quantization would start after {first} steps, but the run has only {total_steps} optimizer steps. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ class ArmRunner:
 
     def __init__(self, cfg: DictConfig, seed: int, output_dir: Path) -> None:
         self.cfg, self.seed, self.output_dir = cfg, seed, output_dir
+        # Lightning tells at the start of every fit and every evaluation which accelerators there are not.
+        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         self.data: pl.LightningDataModule = instantiate(cfg.data, seed=seed)
 
     def make_task(self, phase: DictConfig | None = None) -> pl.LightningModule:

@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from lightning_qat.api import load_qat
 from lightning_qat.callbacks import QATCallback
 from lightning_qat.cli.arms import ArmRunner, TrainedArm, load_weights
-from lightning_qat.nn import prepare, quantize_after_training, set_num_bits
+from lightning_qat.nn import quantize_after_training, set_num_bits
 from lightning_qat.nn.bits import BitReport, bit_report
 from lightning_qat.ptq import RTN
 from lightning_qat.records import EvalRecord, append_record
@@ -79,14 +79,7 @@ class _Scorer:
     def score_rtn(self, checkpoint: Path, num_bits: float, step: int) -> None:
         task = self._load_float(checkpoint)
         started = time.perf_counter()
-        prepare(
-            task,
-            self.qat.rules,
-            ignore=self.qat.ignore,
-            observer=self.qat.observer,
-            target_module=self.qat.target_module,
-            mapping=self.qat.mapping,
-        )
+        self.qat.prepare(task)
         set_num_bits(task, num_bits)
         quantize_after_training(task, RTN())
         seconds = time.perf_counter() - started

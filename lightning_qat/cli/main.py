@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from importlib import import_module
 
@@ -17,8 +16,6 @@ def main() -> int:
     """Run a command; return 0, or 2 if there is no such command."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
-        # Lightning tells at every fit which accelerators there are not.
-        logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
         sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
         import_module(f"lightning_qat.cli.{name}").main()
         return 0

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_qat.core import fitting_group_sizes
 from lightning_qat.nn.layers import QATLayer
@@ -95,8 +96,11 @@ class _Selection:
         """Return the layer as planned, the reason to leave it in float, or None if it holds no matrix."""
         layer_type = float_type(module)
         qat_class = find_qat_class(layer_type, self.mapping)
-        if not any(p is not None and p.dim() > 1 for p in module._parameters.values()):
+        parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
+        if not any(is_lazy(parameter) or parameter.dim() > 1 for parameter in parameters):
             return None
+        if any(is_lazy(parameter) for parameter in parameters):
+            return "its shape is not known yet (run a batch through the model first)"
         reason = self._reason_outside(module, names) or self._reason_by_type(module, layer_type, qat_class)
         if reason or qat_class is None:
             return reason

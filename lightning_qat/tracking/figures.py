@@ -16,6 +16,7 @@ from lightning_qat.tracking.tables import LABELS
 _COLORS = {"rtn": "#d1495b", "qat": "#00798c", "gptq": "#edae49", "awq": "#66a182"}
 
 _VISIBLE_INCREASE = 0.01
+_CROWDED_RATIO = 1.25
 
 
 def draw_quality_vs_bits(rows: Sequence[Row], title: str, path: str | Path) -> Path:
@@ -68,7 +69,8 @@ def _annotate_increase(axes: Axes, rows: Sequence[Row], positions: dict[float, i
     """Write how far the worst and the best point of each width are above the control, where that can be seen."""
     for num_bits, position in positions.items():
         points = sorted((row for row in rows if row.num_bits == num_bits), key=lambda row: row.mean)
-        for row, offset in ((points[-1], (8, 5)), (points[0], (8, -14)))[: len(points)]:
+        is_crowded = points[-1].mean < _CROWDED_RATIO * points[0].mean
+        for row, offset in ((points[-1], (8, 5)), (points[0], (8, -14 if is_crowded else 5)))[: len(points)]:
             if row.increase is not None and abs(row.increase) >= _VISIBLE_INCREASE:
                 label, color = f"{row.increase:+.0%}", _COLORS.get(row.method)
                 axes.annotate(label, (position, row.mean), offset, textcoords="offset points", color=color)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from rich.console import Console
@@ -11,6 +12,8 @@ from lightning_qat.tracking.figures import draw_quality_vs_bits
 from lightning_qat.tracking.rows import Row, make_rows
 from lightning_qat.tracking.tables import make_table
 from lightning_qat.tracking.wandb_report import log_results
+
+_FILE_WIDTH = 100
 
 
 def report(results: Path, figure: Path, title: str) -> list[Row]:
@@ -27,7 +30,7 @@ def report(results: Path, figure: Path, title: str) -> list[Row]:
     records = read_records(results)
     rows = make_rows(records)
     draw_quality_vs_bits(rows, title, figure)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
     console.print(make_table(rows, title))
     console.print(f"Records: {results}\nFigure:  {figure}", soft_wrap=True)
     log_results(records, rows, [results, figure], title)

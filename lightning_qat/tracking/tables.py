@@ -14,9 +14,9 @@ LABELS = {BASE: "float base", CONTROL: "float control", "rtn": "round to nearest
 def make_table(rows: Sequence[Row], title: str) -> Table:
     """Return a table with a section for every width."""
     table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("method")
-    for heading in ("bits", "effective bits", "step", rows[0].metric, "over control", "recovery"):
-        table.add_column(heading, justify="right")
+    table.add_column("method", no_wrap=True)
+    for heading in ("bits", "effective\nbits", "step", rows[0].metric, "over\ncontrol", "recovery"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         last_of_section = following is not None and following.step != row.step
         table.add_row(*_cells(row), end_section=last_of_section)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_qat import QATCallback, load_qat
+from lightning_qat import QATCallback, load_qat, restore_float
 from lightning_qat.callbacks.errors import QATConfigurationError
 from lightning_qat.callbacks.step_checkpoint import StepCheckpoint
 from lightning_qat.nn import quantized_layers
@@ -191,3 +191,13 @@ def test_missing_quantizer_state_is_refused(tmp_path):
     checkpoint["lightning_qat"]["quantizers"].popitem()
     with pytest.raises(ValueError, match="damaged or incomplete"):
         load_qat(TinyTask(), checkpoint)
+
+
+def test_a_model_whose_quantizers_were_taken_out_is_saved_as_a_float_model(tmp_path):
+    task = TinyTask()
+    trainer = fit(task, QATCallback("w4"), max_steps=2)
+    restore_float(task)
+    trainer.save_checkpoint(tmp_path / "float.ckpt")
+    checkpoint = torch.load(tmp_path / "float.ckpt", weights_only=True)
+    assert "lightning_qat" not in checkpoint
+    TinyTask().load_state_dict(checkpoint["state_dict"], strict=True)

@@ -192,6 +192,21 @@ def test_weight_that_is_computed_is_left_alone():
     assert skipped["0"] == "its weight is computed, not a parameter"
 
 
+def test_layers_without_a_shape_are_listed():
+    model = nn.Sequential(nn.LazyLinear(8), nn.Linear(8, 8))
+    assert schemes(model, "w4")[1]["0"].startswith("its shape is not known yet")
+    model(torch.randn(2, 5))
+    assert set(schemes(model, "w4")[0]) == {"0", "1"}
+
+
+def test_what_was_quantized_while_it_trained_stays_so_when_it_is_frozen():
+    model = nn.ModuleDict({"body": nn.Linear(8, 8), "top": nn.Linear(8, 8)})
+    prepare(model, "w4")
+    model["body"].requires_grad_(False)
+    prepare(model, "w4")
+    assert set(quantized_layers(model)) == {"body", "top"}
+
+
 # ------------------------------------------------------------------------------------------------------ ties
 
 
