@@ -54,7 +54,7 @@ def test_compare_scores_every_method_at_every_rung(comparison):
 
 def test_compare_ends_with_table_figure_and_an_offline_run(comparison):
     folder, done = comparison
-    for text in ("round to nearest", "over control", "recovery", "results.jsonl", "quality_vs_bits.png", "±"):
+    for text in ("round to nearest", "effective", "recovery", "results.jsonl", "quality_vs_bits.png", "±"):
         assert text in done.stdout
     assert (folder / "out" / "quality_vs_bits.png").stat().st_size > 10_000
     runs = list((folder / "out" / "wandb").glob("offline-run-*"))
