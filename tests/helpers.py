@@ -50,6 +50,16 @@ class TinyTask(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), self.lr)
 
 
+class StopAt(pl.Callback):
+    """Stop training after an optimizer step, unexpectedly for the schedule."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step >= self.step
+
+
 class loader:
     """A resumable loader of placeholders: :class:`TinyTask` makes its own batches."""
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch import callbacks as pl_callbacks
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_qat.callbacks.errors import QATConfigurationError
@@ -37,6 +39,48 @@ def check_callbacks(callbacks: Sequence[pl.Callback], qat: pl.Callback) -> None:
                 f"{name} is listed before QATCallback, so it would copy the model before the quantizers are in. "
                 f"List QATCallback first: callbacks=[QATCallback(...), {name}(...)]."
             )
+
+
+def warn_of_monitors(callbacks: Sequence[pl.Callback], num_rungs: int) -> None:
+    """Warn of callbacks that take the best value of a metric, which a wide rung has and the last one has not."""
+    if num_rungs < 2:
+        return
+    for callback in callbacks:
+        if isinstance(callback, pl_callbacks.ModelCheckpoint):
+            keeps_best = callback.monitor is not None and callback.save_top_k != 0 and not callback.save_last
+            remedy = "Add save_last=True and use ckpt_path='last', or monitor a run on the last rung alone."
+        else:
+            keeps_best = isinstance(callback, pl_callbacks.EarlyStopping)
+            remedy = "It may stop the run as a rung begins; give it patience for a rung, or leave it out."
+        if keeps_best:
+            rank_zero_warn(
+                f"{type(callback).__name__} monitors {callback.monitor!r}, whose best value an annealed run has on a "  # type: ignore[attr-defined]
+                f"wide rung, not at the final width. {remedy}"
+            )
+
+
+def warn_of_other_scale_lr(scales: Mapping[str, nn.Parameter], optimizers: Sequence[Any], scale_lr: float) -> None:
+    """Warn if a learning rate scheduler has put another learning rate in place of ``scale_lr``."""
+    learned = set(scales.values())
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group in groups:
+        peak = group.get("max_lr", group.get("initial_lr", group["lr"]))
+        if learned.intersection(group["params"]) and not math.isclose(peak, scale_lr):
+            rank_zero_warn(
+                f"The learning rate scheduler sets the learning rate of the scales to {peak:g}, not to "
+                f"scale_lr={scale_lr:g}. Give it a list with one entry for each parameter group; that of the scales "
+                "comes right after the group that it was split from."
+            )
+
+
+def warn_if_wider(before: float, after: float) -> None:
+    """Warn if a resumed run goes on at more bits than its checkpoint had."""
+    if after > before:
+        rank_zero_warn(
+            f"The checkpoint was trained at {before:g} bits, and its run goes on at {after:g}: schedule or length of "
+            "the run are not those of the checkpoint. To go on as it was, give the same; to train further at the "
+            "final width, give no schedule."
+        )
 
 
 def check_scales_are_optimized(scales: Mapping[str, nn.Parameter], optimizers: Sequence[Any]) -> None:

@@ -7,7 +7,20 @@ from typing import Any
 
 from torch import nn
 
+from lightning_qat.callbacks.timeline import Timeline
 from lightning_qat.nn import set_num_bits, weight_fake_quants
+
+
+def advance(root: nn.Module, timeline: Timeline, step: int, optimizers: Sequence[Any]) -> None:
+    """Bring all quantizers to where ``timeline`` is at optimizer step ``step``."""
+    is_frozen = timeline.is_frozen(step)
+    if not is_frozen:
+        _set_frozen(root, False)
+    go_to_rung(root, timeline.num_bits(step), optimizers)
+    if is_frozen:
+        _set_frozen(root, True)
+    else:
+        _refresh(root, step - timeline.rung_start(step))
 
 
 def go_to_rung(root: nn.Module, num_bits: float, optimizers: Sequence[Any]) -> None:
@@ -24,13 +37,16 @@ def go_to_rung(root: nn.Module, num_bits: float, optimizers: Sequence[Any]) -> N
                 optimizer.state.pop(quantizer.log_scale_ratio, None)
 
 
-def observe_scales(root: nn.Module) -> None:
-    """Take all scales from the weights as they are now."""
+def _refresh(root: nn.Module, steps_on_rung: int) -> None:
+    """Let the costly observers that are due look again; the first grid of a rung was found by :func:`go_to_rung`."""
     for _, layer in weight_fake_quants(root):
-        layer.weight_fake_quant.observe(layer.to_matrix(layer.weight))
+        quantizer = layer.weight_fake_quant
+        is_due = steps_on_rung > 0 and steps_on_rung % quantizer.config.observer.refresh_every_n_steps == 0
+        if is_due and not quantizer.follows_weight and quantizer.log_scale_ratio is None:
+            quantizer.observe(layer.to_matrix(layer.weight))
 
 
-def set_frozen(root: nn.Module, frozen: bool) -> None:
+def _set_frozen(root: nn.Module, frozen: bool) -> None:
     """Freeze all scales where they are, or let them move again."""
     for _, layer in weight_fake_quants(root):
         if frozen:

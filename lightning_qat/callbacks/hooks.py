@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_qat.callbacks.errors import QATConfigurationError
+
 
 def run_around(module: nn.Module, hook: str, wrapper: Callable[[Callable[..., Any]], Any]) -> None:
     """Let ``wrapper(call)`` run in place of the next call of ``module.hook``; ``call()`` is the original.
@@ -43,6 +45,10 @@ def separate_param_group(parameters: set[nn.Parameter], lr: float) -> Iterator[N
     Args:
         parameters: The parameters to separate.
         lr: Their learning rate.
+
+    Raises:
+        QATConfigurationError: If an optimizer or scheduler made within it raised a ValueError, as they do when
+            the number of groups does not suit them.
     """
     add_param_group = Optimizer.add_param_group
 
@@ -59,6 +65,12 @@ def separate_param_group(parameters: set[nn.Parameter], lr: float) -> Iterator[N
     Optimizer.add_param_group = add_split  # type: ignore[method-assign, assignment]
     try:
         yield
+    except ValueError as error:
+        raise QATConfigurationError(
+            f"configure_optimizers failed: {error} With scale_lr, each parameter group with learned scales is followed "
+            "by one of their own: an optimizer must allow several groups, and the lists that schedulers take must have "
+            "an entry more for each. Or leave scale_lr out."
+        ) from error
     finally:
         Optimizer.add_param_group = add_param_group  # type: ignore[method-assign]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,28 +15,37 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_qat.callbacks.arguments import build_schedule, find_final_bits
+from lightning_qat.callbacks.arguments import build_schedule, check_positive, find_final_bits
 from lightning_qat.callbacks.bypass import BypassCheck
-from lightning_qat.callbacks.checks import check_callbacks, check_scales_are_optimized
-from lightning_qat.callbacks.control import go_to_rung, learned_scales, mean_bits, observe_scales, set_frozen
+from lightning_qat.callbacks.checks import (
+    check_callbacks,
+    check_scales_are_optimized,
+    warn_if_wider,
+    warn_of_monitors,
+    warn_of_other_scale_lr,
+)
+from lightning_qat.callbacks.control import advance, go_to_rung, learned_scales, mean_bits
 from lightning_qat.callbacks.errors import QATConfigurationError, as_configuration_error
 from lightning_qat.callbacks.health import HealthMonitor
 from lightning_qat.callbacks.hooks import remove_patch, run_around, separate_param_group
+from lightning_qat.callbacks.portable import restore_quantizers, store_quantizers
 from lightning_qat.callbacks.summary import print_summary
-from lightning_qat.callbacks.timeline import Timeline, check_position, make_timeline
+from lightning_qat.callbacks.timeline import Timeline, check_position, make_timeline, resolve
 from lightning_qat.core import GradientEstimator, Observer, Schedule
 from lightning_qat.core.registry import build
 from lightning_qat.estimators import ESTIMATORS
 from lightning_qat.nn import (
+    PatternsLike,
     Plan,
     QATLayer,
     RulesLike,
     check_finite,
+    check_mapping,
+    parse_patterns,
     parse_rules,
     prepare,
-    quantized_layers,
 )
-from lightning_qat.nn.state import STATE_KEY, load_quantizer_state, quantizer_prefixes, quantizer_state
+from lightning_qat.nn.state import STATE_KEY
 from lightning_qat.observers import OBSERVERS
 
 _HOOKS_THAT_BUILD = ("setup", "configure_model")
@@ -52,9 +62,11 @@ class QATCallback(pl.Callback):
         scheme: The final scheme, such as ``"w4g128"`` (see
             :meth:`QuantScheme.parse <lightning_qat.core.QuantScheme.parse>`), or ordered rules
             ``[{"target": "Linear", "scheme": "w4"}, {"target": "lm_head", "scheme": "w8"}]`` of which the
-            last match wins. Linear and convolution layers are quantized; embeddings, the output head and
-            children of the model that do not train only if a rule names them.
-        ignore: Modules that stay in float with all that they contain: layer types or name patterns.
+            last match wins; a target is a module type or name pattern, and stands for all that the module
+            contains. Linear and convolution layers are quantized; embeddings, the output head of a language
+            model (tied to an embedding, returned by ``get_output_embeddings``, or named ``lm_head`` or
+            ``embed_out``) and parts of the model that do not train only if a rule names them.
+        ignore: Modules that stay in float with all that they contain: module types or name patterns.
         observer: Where ranges come from: ``"minmax"``, ``"mse"``, a mapping with ``name`` and arguments, or
             an :class:`~lightning_qat.core.Observer`.
         estimator: How gradients pass the rounding: ``"ste"``, a mapping, or an object.
@@ -66,11 +78,14 @@ class QATCallback(pl.Callback):
         scale_lr: If given, scales are learned, with this learning rate and no weight decay, in a parameter
             group of their own; it is relative to the size of a scale. Default: scales are observed.
         target_module: Name of the submodule outside which nothing is quantized.
-        mapping: Further layer classes, each with the :class:`~lightning_qat.nn.QATLayer` it turns into.
+        mapping: Further layer classes, each with the :class:`~lightning_qat.nn.QATLayer` it turns into:
+            ``class QATMyLinear(QATLinear, MyLinear): float_class = MyLinear`` and
+            ``mapping={MyLinear: QATMyLinear}``.
         health_every_n_steps: Optimizer steps between two measurements of ``qat/sqnr_db``,
             ``qat/clipped_fraction`` and ``qat/scale_drift``. Default: the Trainer's ``log_every_n_steps``.
 
     Raises:
+        TypeError: If an argument is of a wrong type.
         ValueError: If an argument is not valid, at once; or, before the first batch, as
             :class:`~lightning_qat.callbacks.errors.QATConfigurationError`, if it does not fit the model or
             the Trainer.
@@ -85,7 +100,7 @@ class QATCallback(pl.Callback):
         self,
         scheme: RulesLike,
         *,
-        ignore: Sequence[str] = (),
+        ignore: PatternsLike = (),
         observer: str | Mapping[str, Any] | Observer = "minmax",
         estimator: str | Mapping[str, Any] | GradientEstimator = "ste",
         schedule: str | Schedule | Sequence[float] | Mapping[float, float] | None = None,
@@ -97,7 +112,7 @@ class QATCallback(pl.Callback):
         health_every_n_steps: int | None = None,
     ) -> None:
         self.rules = parse_rules(scheme)
-        self.ignore = [ignore] if isinstance(ignore, str) else list(ignore)
+        self.ignore = parse_patterns(ignore)
         self.observer: Observer = build(observer, OBSERVERS, "observer")
         self.estimator: GradientEstimator = build(estimator, ESTIMATORS, "estimator")
         self.schedule = build_schedule(schedule, find_final_bits(self.rules))
@@ -105,15 +120,13 @@ class QATCallback(pl.Callback):
         self.freeze_at = freeze_at
         self.scale_lr = scale_lr
         self.target_module = target_module
-        self.mapping = dict(mapping or {})
+        self.mapping = check_mapping(mapping)
         self.health_every_n_steps = health_every_n_steps
         check_position(fake_quant_after_n_steps, "fake_quant_after_n_steps")
         if freeze_at is not None:
             check_position(freeze_at, "freeze_at")
-        if scale_lr is not None and scale_lr <= 0:
-            raise ValueError(f"scale_lr={scale_lr} must be positive; leave it out for observed scales.")
-        if health_every_n_steps is not None and health_every_n_steps < 1:
-            raise ValueError(f"health_every_n_steps={health_every_n_steps} must be at least 1.")
+        check_positive(scale_lr, "scale_lr")
+        check_positive(health_every_n_steps, "health_every_n_steps", Integral)
         self.plan: Plan | None = None
         self.timeline: Timeline | None = None
         self._health = HealthMonitor()
@@ -138,6 +151,14 @@ class QATCallback(pl.Callback):
                 target_module=self.target_module,
                 mapping=self.mapping,
             )
+
+    def resolve(self, total_steps: int) -> Timeline:
+        """Return what would happen at which step in a run of ``total_steps`` optimizer steps.
+
+        Raises:
+            QATConfigurationError: If the schedule does not fit such a run.
+        """
+        return resolve(self.schedule, self.fake_quant_after_n_steps, self.freeze_at, total_steps)
 
     # ---------------------------------------------------------------------------------------- before the fit
 
@@ -176,12 +197,19 @@ class QATCallback(pl.Callback):
         assert self.plan is not None
         with as_configuration_error():
             check_finite({layer.name: layer.weight for layer in self.plan.layers})
-        check_scales_are_optimized(learned_scales(pl_module), trainer.optimizers)
+        self._check_scales(trainer, pl_module)
         self.timeline = make_timeline(trainer, self.schedule, self.fake_quant_after_n_steps, self.freeze_at)
+        warn_of_monitors(trainer.callbacks, len(self.timeline.rungs))  # type: ignore[attr-defined]
         if not self._is_restored:
             self._health = HealthMonitor()
             go_to_rung(pl_module, self.timeline.num_bits(trainer.global_step), trainer.optimizers)
         self._print_summary(pl_module)
+
+    def _check_scales(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.scale_lr is not None:
+            scales = learned_scales(pl_module)
+            check_scales_are_optimized(scales, trainer.optimizers)
+            warn_of_other_scale_lr(scales, trainer.optimizers, self.scale_lr)
 
     @rank_zero_only
     def _print_summary(self, pl_module: pl.LightningModule) -> None:
@@ -203,23 +231,13 @@ class QATCallback(pl.Callback):
         step = trainer.global_step
         if step == self._last_step:  # another batch of the same accumulation
             return
+        before = mean_bits(pl_module)
+        advance(pl_module, self.timeline, step, trainer.optimizers)
         if self._last_step is None:
             self._bypass.start(pl_module)
+            if self._is_restored:
+                warn_if_wider(before, mean_bits(pl_module))
         self._last_step = step
-        is_frozen = self.timeline.is_frozen(step)
-        if not is_frozen:
-            set_frozen(pl_module, False)
-        go_to_rung(pl_module, self.timeline.num_bits(step), trainer.optimizers)
-        if is_frozen:
-            set_frozen(pl_module, True)
-        elif self._looks_again(step - self.timeline.rung_start(step)):
-            observe_scales(pl_module)
-
-    def _looks_again(self, steps_on_rung: int) -> bool:
-        """Return whether a costly observer is due; it finds the first grid of a rung by itself."""
-        if self.observer.every_forward or self.scale_lr is not None or steps_on_rung == 0:
-            return False
-        return steps_on_rung % self.observer.refresh_every_n_steps == 0
 
     @override
     def on_before_optimizer_step(
@@ -247,7 +265,7 @@ class QATCallback(pl.Callback):
         figures = {f"qat/{name}": value for name, value in self._health.measure(pl_module).items()}
         figures["qat/num_bits"] = mean_bits(pl_module)
         for logger in trainer.loggers:
-            logger.log_metrics(figures, step=step)
+            logger.log_metrics(figures, step=step - 1)  # as Lightning counts what it logs in a training step
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
 
     @override
@@ -261,7 +279,7 @@ class QATCallback(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave no patch behind."""
         self._bypass.finish(report=False)
-        for hook in (*_HOOKS_THAT_BUILD, "configure_optimizers"):
+        for hook in (*_HOOKS_THAT_BUILD, "configure_optimizers", "on_save_checkpoint"):
             remove_patch(pl_module, hook)
 
     @override
@@ -279,27 +297,22 @@ class QATCallback(pl.Callback):
 
         Sharded strategies load the file straight into the prepared model, and keep it in the state dict.
         """
-        if not quantized_layers(pl_module):  # taken out again with restore_float
-            return
-        checkpoint[STATE_KEY] = {
-            **quantizer_state(pl_module),
-            "schedule": self.schedule.state_dict(),
-            "health": self._health.state_dict(),
-        }
-        if not trainer.strategy.restore_checkpoint_after_setup:
-            prefixes = quantizer_prefixes(pl_module)
-            state_dict = checkpoint["state_dict"]
-            checkpoint["state_dict"] = {k: v for k, v in state_dict.items() if not k.startswith(prefixes)}
+
+        def store(save: Callable[[], Any]) -> None:
+            save()
+            progress = {"schedule": self.schedule.state_dict(), "health": self._health.state_dict()}
+            store_quantizers(checkpoint, pl_module, progress, trainer.strategy.restore_checkpoint_after_setup)
+
+        run_around(pl_module, "on_save_checkpoint", store)  # Lightning calls it after those of all callbacks
 
     @override
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Restore the quantizers' state."""
-        state = checkpoint.get(STATE_KEY)
-        if state is not None:
+        if (state := checkpoint.get(STATE_KEY)) is not None:
             with as_configuration_error():
-                load_quantizer_state(pl_module, state)
+                restore_quantizers(checkpoint, pl_module)
             self.schedule.load_state_dict(state["schedule"])
             self._health.load_state_dict(state["health"])
             self._is_restored = True

@@ -17,7 +17,7 @@ def print_summary(root: nn.Module, plan: Plan, timeline: Timeline, scale_policy:
     """Print what is quantized, what is not and why, effective bits and the schedule."""
     table = Table(title="Quantization-aware training", show_header=False, title_justify="left", title_style="bold")
     table.add_column(style="bold", no_wrap=True)
-    table.add_column()
+    table.add_column(overflow="fold")
     for title, text in summary_rows(root, plan, timeline, scale_policy):
         table.add_row(title, text)
     Console().print(table)
@@ -31,8 +31,10 @@ def summary_rows(root: nn.Module, plan: Plan, timeline: Timeline, scale_policy: 
     for name, reason in plan.skipped.items():
         reasons[reason].append(name)
     floats = [f"{_name_some(names)}: {reason}" for reason, names in reasons.items()]
+    idle = [("Rules without effect", ", ".join(plan.idle_targets))] if plan.idle_targets else []
     return [
-        ("Quantized", ", ".join(f"{count} layers at {scheme}" for scheme, count in schemes.items())),
+        ("Quantized", ", ".join(f"{_count(n, 'layer')} at {scheme}" for scheme, n in schemes.items())),
+        *idle,
         ("Left in float", "\n".join(floats) or "nothing that holds a matrix"),
         (
             "Bits per weight",
@@ -41,6 +43,10 @@ def summary_rows(root: nn.Module, plan: Plan, timeline: Timeline, scale_policy: 
         ("Schedule", str(timeline)),
         ("Scales", scale_policy),
     ]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _name_some(names: list[str], most: int = 3) -> str:

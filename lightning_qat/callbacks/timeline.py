@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from lightning_qat.callbacks.errors import QATConfigurationError, as_configuration_error
 from lightning_qat.core import PASS_THROUGH_BITS, Schedule
@@ -65,8 +66,6 @@ def check_position(position: Any, name: str) -> None:
     Raises:
         ValueError: If it is neither.
     """
-    if type(position) not in (int, float):
-        raise ValueError(f"{name}={position!r} must be a number of optimizer steps (int) or a fraction (float).")
     try:
         position_to_step(position, total_steps=1)
     except ValueError as error:
@@ -74,20 +73,35 @@ def check_position(position: Any, name: str) -> None:
 
 
 def make_timeline(trainer: pl.Trainer, schedule: Schedule, start: float, freeze_at: float | None) -> Timeline:
-    """Resolve the positions for the run that ``trainer`` is about to do.
-
-    Args:
-        trainer: The Trainer, its strategy set up.
-        schedule: The schedule of bits.
-        start: When fake quantization starts, in optimizer steps or as a fraction of the run.
-        freeze_at: When scales freeze, likewise, or None.
+    """Resolve the positions for the run that ``trainer``, its strategy set up, is about to do.
 
     Raises:
         QATConfigurationError: If a fraction is given for a run without a known end or under manual
-            optimization, a rung is not reached, or scales would freeze before the last rung.
+            optimization, or :func:`resolve` refuses.
     """
     is_fractional = schedule.is_fractional or is_fraction(start) or is_fraction(freeze_at)
     total_steps = _total_steps(trainer, is_fractional)
+    if trainer.fast_dev_run and total_steps != 0:  # type: ignore[attr-defined]  # its few batches test the final grid
+        freeze_step = None if freeze_at is None else 0
+        return Timeline(((0, schedule.final_bits),), freeze_step, total_steps)
+    return resolve(schedule, start, freeze_at, total_steps)
+
+
+def resolve(schedule: Schedule, start: float, freeze_at: float | None, total_steps: int | None) -> Timeline:
+    """Resolve the positions for a run of ``total_steps`` optimizer steps.
+
+    Args:
+        schedule: The schedule of bits.
+        start: When fake quantization starts, in optimizer steps or as a fraction of the run.
+        freeze_at: When scales freeze, likewise, or None.
+        total_steps: Length of the run, or None if it is unknown.
+
+    Raises:
+        QATConfigurationError: If the run ends before a rung or the freezing of scales is reached, or scales
+            would freeze before the last rung.
+    """
+    if total_steps == 0:
+        raise QATConfigurationError("The Trainer is set to do no optimizer step. Raise max_steps or max_epochs.")
     with as_configuration_error():
         first = position_to_step(start, total_steps)
         rungs = schedule.rungs(first, total_steps)
@@ -96,6 +110,11 @@ def make_timeline(trainer: pl.Trainer, schedule: Schedule, start: float, freeze_
         raise QATConfigurationError(
             f"Fake quantization would start after {first} steps, but the run has only {total_steps} optimizer steps. "
             "Lower fake_quant_after_n_steps or train longer."
+        )
+    if total_steps is not None and freeze_step is not None and freeze_step >= total_steps:
+        raise QATConfigurationError(
+            f"freeze_at={freeze_at} would freeze the scales after the last of {total_steps} optimizer steps. Freeze "
+            "earlier (or at a fraction of the run), or leave freeze_at out."
         )
     last_rung = rungs[-1][0]
     if freeze_step is not None and freeze_step < last_rung:
@@ -107,18 +126,28 @@ def make_timeline(trainer: pl.Trainer, schedule: Schedule, start: float, freeze_
 
 
 def _total_steps(trainer: pl.Trainer, is_required: bool) -> int | None:
-    """Return the optimizer steps of the run; None if unknown or, since finding out loads data, not required."""
-    if not is_required:
-        return trainer.max_steps if trainer.max_steps > 0 else None
+    """Return the optimizer steps of the run; None if they are unknown and not required."""
+    if trainer.max_steps == 0 or trainer.max_epochs == 0:
+        return 0
     if not trainer.lightning_module.automatic_optimization:
-        raise QATConfigurationError(
-            "Fractions of the run cannot be turned into optimizer steps under manual optimization. Give schedule, "
-            "fake_quant_after_n_steps and freeze_at as whole numbers of optimizer steps."
-        )
-    total = trainer.estimated_stepping_batches
-    if total <= 0 or math.isinf(total):
+        if is_required:
+            raise QATConfigurationError(
+                "Fractions of the run, and rungs that share it equally, cannot be turned into optimizer steps under "
+                "manual optimization. Give schedule (as in {0: 8, 500: 4}), fake_quant_after_n_steps and freeze_at as "
+                "whole numbers of optimizer steps; Trainer.global_step counts those of every optimizer."
+            )
+        return trainer.max_steps if trainer.max_steps > 0 else None
+    try:
+        total = trainer.estimated_stepping_batches
+    except MisconfigurationException as error:  # accumulation that changes between epochs
+        if is_required:
+            raise QATConfigurationError(f"{error} Or give the schedule in optimizer steps.") from error
+        return None
+    if total > 0 and not math.isinf(total):
+        return int(total)
+    if is_required:
         raise QATConfigurationError(
             "The schedule uses fractions of the run, but this run has no known end (max_time, max_epochs=-1, or a "
             "loader without a length). Set Trainer(max_steps=...), or give the schedule in optimizer steps."
         )
-    return int(total)
+    return None

@@ -16,6 +16,8 @@ from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig
 from rich.console import Console
 
+from lightning_qat.api import load_qat
+from lightning_qat.callbacks import QATCallback
 from lightning_qat.callbacks.step_checkpoint import StepCheckpoint
 
 
@@ -57,6 +59,15 @@ class ArmRunner:
         pl.seed_everything(self.seed, verbose=False)
         task: pl.LightningModule = instantiate(self.cfg.task, **(phase.task if phase is not None else {}))
         return task
+
+    def make_callbacks(self) -> dict[str, pl.Callback]:
+        """Return the callbacks of the configuration, those of QAT tried on a new task and the length of the run."""
+        callbacks: dict[str, pl.Callback] = {name: instantiate(node) for name, node in self.cfg.callbacks.items()}
+        for callback in callbacks.values():
+            if isinstance(callback, QATCallback):
+                callback.prepare(self.make_task())
+                callback.resolve(self.cfg.finetune.trainer.max_steps)
+        return callbacks
 
     def train(
         self,
@@ -102,8 +113,35 @@ class ArmRunner:
             return False
         logger = instantiate(self.cfg.logger, prefix=f"seed{self.seed}/{arm}")
         if isinstance(logger, WandbLogger):
-            logger.experiment.config.update({"name": self.cfg.name, "seeds": list(self.cfg.seeds)})
+            logger.experiment.config.update({"name": self.cfg.name, "seeds": read_seeds(self.cfg)})
         return logger
+
+
+def read_seeds(cfg: DictConfig) -> list[int]:
+    """Return the seeds of a configuration, which may be one number.
+
+    Raises:
+        ValueError: If there are none, or one is listed twice.
+    """
+    seeds = [cfg.seeds] if isinstance(cfg.seeds, int) else list(cfg.seeds)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds={seeds} must be one or more different whole numbers.")
+    return seeds
+
+
+def load_trained(task: pl.LightningModule, checkpoint: Path, callbacks: Iterable[pl.Callback]) -> pl.LightningModule:
+    """Load what an arm left into ``task``, quantizers included if it had any."""
+    for callback in callbacks:
+        if isinstance(callback, QATCallback):
+            return load_qat(
+                task,
+                checkpoint,
+                observer=callback.observer,
+                estimator=callback.estimator,
+                mapping=callback.mapping,
+            )
+    task.load_state_dict(load_weights(checkpoint))
+    return task
 
 
 def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:

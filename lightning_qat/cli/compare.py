@@ -16,17 +16,14 @@ from typing import Any
 import hydra
 import lightning.pytorch as pl
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from lightning_qat.api import load_qat
 from lightning_qat.callbacks import QATCallback
-from lightning_qat.cli.arms import ArmRunner, TrainedArm, load_weights
+from lightning_qat.cli.arms import ArmRunner, TrainedArm, load_trained, load_weights, read_seeds
 from lightning_qat.nn import quantize_after_training, set_num_bits
 from lightning_qat.nn.bits import BitReport, bit_report
 from lightning_qat.ptq import RTN
 from lightning_qat.records import EvalRecord, append_record
-from lightning_qat.schedules.open_loop import position_to_step
 from lightning_qat.tracking.report import report
 
 
@@ -36,7 +33,7 @@ def main(cfg: DictConfig) -> None:
     output_dir = Path(HydraConfig.get().runtime.output_dir)
     results = output_dir / "results.jsonl"
     results.unlink(missing_ok=True)
-    for seed in cfg.seeds:
+    for seed in read_seeds(cfg):
         compare_seed(cfg, seed, output_dir, functools.partial(append_record, results))
     report(results, output_dir / "quality_vs_bits.png", cfg.title)
 
@@ -51,13 +48,18 @@ def compare_seed(cfg: DictConfig, seed: int, output_dir: Path, save: Callable[[E
         save: Called with each record.
     """
     runner = ArmRunner(cfg, seed, output_dir)
+    callbacks = runner.make_callbacks()
+    qat = callbacks.get("qat")
+    if not isinstance(qat, QATCallback):
+        raise ValueError("lightning-qat compare needs callbacks.qat to be a QATCallback.")
     max_steps = cfg.finetune.trainer.max_steps
-    qat: QATCallback = instantiate(cfg.callbacks.qat)
-    starts = qat.schedule.rungs(position_to_step(qat.fake_quant_after_n_steps, max_steps), max_steps)
+    starts = qat.resolve(max_steps).rungs
     ends = [first for first, _ in starts[1:]] + [max_steps]
     base = runner.train("base", cfg.base)
     control = runner.train("control", cfg.finetune, init_from=base.last, checkpoint_steps=ends)
-    trained = runner.train("qat", cfg.finetune, init_from=base.last, callbacks=[qat], checkpoint_steps=ends)
+    trained = runner.train(
+        "qat", cfg.finetune, init_from=base.last, callbacks=[*callbacks.values()], checkpoint_steps=ends
+    )
     scorer = _Scorer(runner, qat, save)
     scorer.score_float("float_base", base, base.last, step=0)
     for (_, num_bits), step in zip(starts, ends, strict=True):
@@ -86,13 +88,7 @@ class _Scorer:
         self._record(task, num_bits, method="rtn", step=step, trained_with="float", cost_seconds=seconds)
 
     def score_qat(self, arm: TrainedArm, num_bits: float, step: int) -> None:
-        task = load_qat(
-            self.runner.make_task(),
-            arm.checkpoints[step],
-            observer=self.qat.observer,
-            estimator=self.qat.estimator,
-            mapping=self.qat.mapping,
-        )
+        task = load_trained(self.runner.make_task(), arm.checkpoints[step], [self.qat])
         self._record(task, num_bits, method="qat", step=step, trained_with="qat", cost_seconds=arm.seconds)
 
     def _load_float(self, checkpoint: Path) -> pl.LightningModule:

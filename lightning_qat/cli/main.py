@@ -19,6 +19,9 @@ def main() -> int:
         sys.argv = [f"{sys.argv[0]} {name}", *sys.argv[2:]]
         import_module(f"lightning_qat.cli.{name}").main()
         return 0
+    if name == "--version":
+        print(f"lightning-qat {import_module('lightning_qat').__version__}")
+        return 0
     print("usage: lightning-qat <command> [overrides]; lightning-qat <command> --help shows the configuration\n")
     print("\n".join(f"  {command:10}{text}" for command, text in COMMANDS.items()))
     if name in ("-h", "--help"):

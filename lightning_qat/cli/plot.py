@@ -14,4 +14,4 @@ from lightning_qat.tracking.report import report
 def main(cfg: DictConfig) -> None:
     """Report ``cfg.results``."""
     results = Path(cfg.results)
-    report(results, Path(cfg.figure) if cfg.figure else results.with_name("quality_vs_bits.png"), cfg.title)
+    report(results, Path(cfg.figure) if cfg.figure else results.with_suffix(".png"), cfg.title)

@@ -12,10 +12,11 @@ from lightning_qat.core.grid import (
     round_scale,
 )
 from lightning_qat.core.protocols import GradientEstimator, Observer, PTQMethod, Schedule
-from lightning_qat.core.scheme import PASS_THROUGH_BITS, Levels, QuantScheme, fitting_group_sizes
+from lightning_qat.core.scheme import PASS_THROUGH_BITS, WIDTHS, Levels, QuantScheme, fitting_group_sizes
 
 __all__ = [
     "PASS_THROUGH_BITS",
+    "WIDTHS",
     "GradientEstimator",
     "Levels",
     "Observer",

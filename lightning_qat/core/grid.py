@@ -48,6 +48,11 @@ class QuantizedWeight:
     scheme: QuantScheme
     input_scale: Tensor | None = None
 
+    def __repr__(self) -> str:
+        """Describe the weight in one line."""
+        out_features, in_features = self.codes.shape
+        return f"QuantizedWeight({out_features} x {in_features}, {self.scheme})"
+
     def dequantize(self) -> Tensor:
         """Return the weight that the codes stand for, float32 ``[O, I]``, input scale undone."""
         weight = dequantize(self.codes, self.params, self.scheme)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import inspect
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -31,9 +32,13 @@ def build(spec: str | Mapping[str, Any] | T, registry: Mapping[str, type[T]], wh
             close = difflib.get_close_matches(str(name), registry, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"There is no {what} {name!r}.{hint} Known: {', '.join(sorted(registry))}.")
-        return registry[name](**arguments)
+        try:
+            return registry[name](**arguments)
+        except TypeError as error:
+            known = ", ".join(inspect.signature(registry[name]).parameters)
+            raise TypeError(f"The {what} {name!r} takes the arguments {known}, got {arguments}: {error}") from error
     if isinstance(spec, type) or not callable(spec):
-        raise TypeError(f"Expected the name of a {what} ({', '.join(sorted(registry))}) or an object, got {spec!r}.")
+        raise TypeError(f"Expected one of {', '.join(sorted(registry))} or an object as {what}, got {spec!r}.")
     return spec
 
 

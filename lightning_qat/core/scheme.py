@@ -22,7 +22,8 @@ _CODE_RANGE: dict[float, tuple[int, int]] = {
     1.58: (-1, 1),
     **{bits: (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) for bits in range(2, 9)},
 }
-_WIDTHS = (*_CODE_RANGE, PASS_THROUGH_BITS)
+WIDTHS = (*_CODE_RANGE, PASS_THROUGH_BITS)
+"""All widths in bits; 1.58 is ternary."""
 
 
 class Levels(NamedTuple):
@@ -87,8 +88,10 @@ class QuantScheme:
     def __post_init__(self) -> None:
         """Fill in the defaults that depend on other fields, then validate."""
         fill = object.__setattr__
-        if self.num_bits not in _WIDTHS:
-            raise ValueError(f"Invalid quantization scheme: num_bits={self.num_bits:g} is not one of {_WIDTHS}.")
+        if isinstance(self.num_bits, float) and self.num_bits.is_integer():
+            fill(self, "num_bits", int(self.num_bits))
+        if self.num_bits not in WIDTHS or isinstance(self.num_bits, bool):
+            raise ValueError(f"Invalid quantization scheme: num_bits={self.num_bits!r} is not one of {WIDTHS}.")
         if self.granularity is None:
             fill(self, "granularity", "channel" if self.group_size is None else "group")
         if self.zero_offset is None:
@@ -98,8 +101,6 @@ class QuantScheme:
         activation: Any = self.activation
         if isinstance(activation, Mapping):
             fill(self, "activation", QuantScheme(**{"granularity": "token", "symmetric": False, **activation}))
-        if float(self.num_bits).is_integer():
-            fill(self, "num_bits", int(self.num_bits))
         if problems := self._problems():
             raise ValueError("Invalid quantization scheme: " + " ".join(problems))
 
@@ -129,11 +130,19 @@ class QuantScheme:
             problems.append("the grid without a zero is for 1 and 2 bits; above, it is worse than the one with.")
         if self.num_bits == 1 and not self.zero_offset:
             problems.append("1 bit has the levels ±scale/2, so its zero_offset is 0.5.")
+        if self.granularity == "token" and self.num_bits < 2:
+            problems.append("activations have 2 bits or more.")
+        return problems + self._problems_of_activation()
+
+    def _problems_of_activation(self) -> list[str]:
+        problems = []
         if self.activation is not None:
             if self.granularity == "token" or self.activation.activation is not None:
                 problems.append("the scheme of an activation cannot have an activation itself.")
             if self.activation.granularity != "token":
                 problems.append("activations are quantized with granularity='token'.")
+            if self.activation.num_bits == PASS_THROUGH_BITS > self.num_bits:
+                problems.append("activations of 16 bits are not quantized: leave activation out.")
         return problems
 
     @classmethod

@@ -28,6 +28,7 @@ _FLAGS: dict[str, dict[str, Any]] = {
     **{rule: {"scale_rule": rule} for rule in get_args(ScaleRule)},
     "actsym": {},
 }
+_EXCLUSIVE = ({"bf16", "fp16"}, set(get_args(ScaleRule)))
 _NO_ACTIVATION = 16
 
 
@@ -46,6 +47,10 @@ def parse_shorthand(text: str) -> dict[str, Any]:
     flags = match["flags"].split("-")[1:] if match else []
     if match is None or not set(flags) <= set(_FLAGS):
         raise ValueError(f"Cannot read the scheme {text!r}. Write {EXAMPLES}; flags: {', '.join(_FLAGS)}.")
+    if clash := [names for names in _EXCLUSIVE if len(names & set(flags)) > 1]:
+        raise ValueError(f"The flags {' and '.join(sorted(clash[0] & set(flags)))} of {text!r} contradict each other.")
+    if "actsym" in flags and not match["act"]:
+        raise ValueError(f"The flag actsym of {text!r} is for activations: write their bits, as in 'w4a8-actsym'.")
     fields: dict[str, Any] = {"num_bits": float(match["bits"])}
     if match["group"]:
         fields["group_size"] = int(match["group"])

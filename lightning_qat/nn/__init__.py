@@ -21,13 +21,14 @@ from lightning_qat.nn.layers import (
     QATLayer,
     QATLinear,
 )
-from lightning_qat.nn.plan import Plan, PlannedLayer
-from lightning_qat.nn.rules import Rule, RulesLike, parse_rules
+from lightning_qat.nn.plan import Plan, PlannedLayer, check_mapping
+from lightning_qat.nn.rules import PatternsLike, Rule, RulesLike, parse_patterns, parse_rules
 from lightning_qat.nn.selection import make_plan
 
 __all__ = [
     "FakeQuantizeConfig",
     "InputFakeQuantize",
+    "PatternsLike",
     "Plan",
     "PlannedLayer",
     "QATConv1d",
@@ -41,7 +42,9 @@ __all__ = [
     "WeightFakeQuantize",
     "apply_plan",
     "check_finite",
+    "check_mapping",
     "make_plan",
+    "parse_patterns",
     "parse_rules",
     "prepare",
     "quantize_after_training",

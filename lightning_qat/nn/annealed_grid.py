@@ -21,8 +21,8 @@ from lightning_qat.core import (
 class AnnealedGrid(nn.Module):
     """A grid whose width changes during training.
 
-    The levels are a tensor, so that a change compiles nothing anew, but no buffer: weight averaging averages
-    every buffer. The rung travels in the extra state instead.
+    Levels and scales are tensors, so that a change compiles nothing anew, but no buffers: weight averaging
+    averages every buffer, and an average of two grids is neither. They travel in the extra state instead.
     """
 
     def __init__(self, scheme: QuantScheme, device: torch.device | None = None) -> None:
@@ -74,16 +74,19 @@ class AnnealedGrid(nn.Module):
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
-        self._levels = self._make_levels(keep_dtype(self._levels).device)
+        self._move_to(fn(self._levels).device)
         return self
 
-    def get_extra_state(self) -> Tensor:
-        """Return the rung, which is no buffer, as a tensor: safe for ``weights_only`` loading."""
-        return torch.tensor([self.num_bits], dtype=torch.float64)
+    def _move_to(self, device: torch.device) -> None:
+        self._levels = self._make_levels(device)
 
-    def set_extra_state(self, state: Tensor) -> None:
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the rung, as primitives and tensors: safe for ``weights_only`` loading."""
+        return {"num_bits": self.num_bits}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`get_extra_state` returned."""
-        self.set_num_bits(state[0].item())
+        self.set_num_bits(state["num_bits"])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Accept a checkpoint without quantizers."""

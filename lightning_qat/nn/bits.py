@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from lightning_qat.nn.convert import weight_fake_quants
 from lightning_qat.nn.state import quantizer_prefixes
@@ -16,7 +17,8 @@ class BitReport:
 
     Attributes:
         quantized: Of the quantized weights.
-        model: Of all parameters, the others counted at the size of their dtype; shared ones count once.
+        model: Of all parameters, the others counted at the size of their dtype; shared ones count once, and
+            those of lazy layers not at all until their shape is known.
     """
 
     quantized: float
@@ -39,7 +41,8 @@ def bit_report(root: nn.Module, num_bits: float | None = None) -> BitReport:
         quantized_numel += shape.numel()
         quantized.add(layer.weight)
     prefixes = quantizer_prefixes(root)
-    others = [p for name, p in root.named_parameters() if p not in quantized and not name.startswith(prefixes)]
+    floats = ((name, p) for name, p in root.named_parameters() if p not in quantized and not is_lazy(p))
+    others = [p for name, p in floats if not name.startswith(prefixes)]
     other_numel = sum(parameter.numel() for parameter in others)
     other_bits = sum(8 * parameter.element_size() * parameter.numel() for parameter in others)
     return BitReport(

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_qat.core import GradientEstimator, Observer, PTQMethod, QuantizedWeight
-from lightning_qat.estimators import ClippedSTE
+from lightning_qat.core.registry import build
+from lightning_qat.estimators import ESTIMATORS
 from lightning_qat.nn.fake_quantize import FakeQuantizeConfig, WeightFakeQuantize
 from lightning_qat.nn.input_fake_quantize import InputFakeQuantize
 from lightning_qat.nn.layers import QATLayer
-from lightning_qat.nn.plan import Plan, PlannedLayer
-from lightning_qat.nn.rules import RulesLike, parse_rules
+from lightning_qat.nn.plan import Plan, PlannedLayer, check_mapping
+from lightning_qat.nn.rules import PatternsLike, RulesLike, parse_patterns, parse_rules
 from lightning_qat.nn.selection import make_plan
-from lightning_qat.observers import MinMaxObserver
+from lightning_qat.observers import OBSERVERS
 
 
 def prepare(
     root: nn.Module,
     scheme: RulesLike,
     *,
-    ignore: Sequence[str] = (),
-    observer: Observer | None = None,
-    estimator: GradientEstimator | None = None,
+    ignore: PatternsLike = (),
+    observer: str | Mapping[str, Any] | Observer = "minmax",
+    estimator: str | Mapping[str, Any] | GradientEstimator = "ste",
     learn_scales: bool = False,
     target_module: str | None = None,
     mapping: Mapping[type[nn.Module], type[QATLayer]] | None = None,
@@ -35,9 +37,9 @@ def prepare(
     Args:
         root: The model.
         scheme: A scheme or its shorthand, or a list of rules; see :func:`lightning_qat.nn.rules.parse_rules`.
-        ignore: Patterns of modules that stay in float.
-        observer: Where ranges come from. Default: min-max.
-        estimator: How gradients pass the rounding. Default: the clipped straight-through estimator.
+        ignore: Patterns of modules that stay in float, or classes.
+        observer: Where ranges come from: name, mapping with ``name`` and arguments, or object.
+        estimator: How gradients pass the rounding, likewise.
         learn_scales: Whether scales become parameters.
         target_module: Name of the submodule outside which nothing is quantized.
         mapping: Further layer classes, each with the class that it turns into.
@@ -49,8 +51,10 @@ def prepare(
         ValueError: If the request does not fit the model (see :func:`~lightning_qat.nn.selection.make_plan`),
             or a weight is NaN or infinite.
     """
-    plan = make_plan(root, parse_rules(scheme), ignore, target_module, mapping)
-    apply_plan(root, plan, observer or MinMaxObserver(), estimator or ClippedSTE(), learn_scales)
+    observer = build(observer, OBSERVERS, "observer")
+    estimator = build(estimator, ESTIMATORS, "estimator")
+    plan = make_plan(root, parse_rules(scheme), parse_patterns(ignore), target_module, check_mapping(mapping))
+    apply_plan(root, plan, observer, estimator, learn_scales)
     return plan
 
 
@@ -96,7 +100,7 @@ def _weight_fake_quant(layer: PlannedLayer, config: FakeQuantizeConfig) -> Weigh
 
 def _swap(layer: PlannedLayer, weight_fake_quant: WeightFakeQuantize, estimator: GradientEstimator) -> None:
     module = layer.module
-    activation = layer.scheme.activation if layer.qat_class.float_class is not nn.Embedding else None
+    activation = layer.scheme.activation
     input_fake_quant = getattr(module, "input_fake_quant", None)
     if getattr(input_fake_quant, "scheme", None) != activation:
         device = layer.weight.device
@@ -159,8 +163,14 @@ def quantized_weights(root: nn.Module) -> dict[str, QuantizedWeight]:
     """Return codes and grid of every quantized layer of ``root`` on its current rung.
 
     Raises:
-        ValueError: If a weight is NaN or infinite, or a layer is still at its pass-through; it is named.
+        ValueError: If a weight is NaN or infinite, or a layer is still at its pass-through; it is named. If
+            ``root`` has no quantized layer.
     """
+    if not quantized_layers(root):
+        raise ValueError(
+            "The model has no fake-quantized layers. Load a checkpoint of a run with QATCallback by load_qat, or put "
+            "quantizers in with prepare."
+        )
     weights = {}
     for name, layer in quantized_layers(root).items():
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,15 +46,13 @@ class WeightFakeQuantize(AnnealedGrid):
     pulls towards the observed value.
 
     Attributes:
-        scale: Observed or frozen scales, float32 ``[O * G]`` (1-D: FSDP2 refuses 0-D, and optimizers such as
-            Muon take 2-D for a matrix).
+        scale: Observed or frozen scales, float32 ``[O * G]``; no buffer, see
+            :class:`~lightning_qat.nn.annealed_grid.AnnealedGrid`.
         zero_point: Zero-points, whole numbers in float32 ``[O * G]``, or None if symmetric.
-        log_scale_ratio: Trainable parameter, float32 ``[O * G]``, or None if scales are not learned.
+        log_scale_ratio: Trainable parameter, float32 ``[O * G]`` (1-D: FSDP2 refuses 0-D, and optimizers such
+            as Muon take 2-D for a matrix), or None if scales are not learned.
         frozen: Whether the grid no longer moves.
     """
-
-    scale: Tensor
-    zero_point: Tensor | None
 
     def __init__(
         self, config: FakeQuantizeConfig, out_features: int, in_features: int, device: torch.device | None = None
@@ -65,8 +64,8 @@ class WeightFakeQuantize(AnnealedGrid):
         self.qparams_shape = (1, 1) if config.scheme.granularity == "tensor" else (out_features, num_groups)
         num_scales = self.qparams_shape[0] * self.qparams_shape[1]
         zeros = torch.zeros(num_scales, dtype=torch.float32, device=device)
-        self.register_buffer("scale", zeros + 1)
-        self.register_buffer("zero_point", None if config.scheme.symmetric else zeros.clone())
+        self.scale = zeros + 1
+        self.zero_point = None if config.scheme.symmetric else zeros.clone()
         self.log_scale_ratio = nn.Parameter(zeros.clone()) if config.learn_scales else None
         self.frozen = False
         self.is_stale = True
@@ -142,14 +141,34 @@ class WeightFakeQuantize(AnnealedGrid):
         params = QuantParams(params.scale.clone(), None if params.zero_point is None else params.zero_point.clone())
         return QuantizedWeight(quantize(weight, params, self.rung_scheme), params, self.rung_scheme)
 
-    def get_extra_state(self) -> Tensor:
-        """Return the rung and the flags, which are no buffers, as a tensor."""
-        return torch.tensor([self.num_bits, self.frozen, self.is_stale], dtype=torch.float64)
+    def _move_to(self, device: torch.device) -> None:
+        super()._move_to(device)
+        if self.scale.is_meta and device.type != "meta":
+            self.scale = torch.ones(self.scale.shape, device=device)
+            self.zero_point = None if self.zero_point is None else torch.zeros(self.scale.shape, device=device)
+            self.is_stale = True
+        self.scale = self.scale.to(device)
+        self.zero_point = None if self.zero_point is None else self.zero_point.to(device)
 
-    def set_extra_state(self, state: Tensor) -> None:
-        """Restore what :meth:`get_extra_state` returned."""
+    def get_extra_state(self) -> dict[str, Any]:
+        """Return the rung, the observed grid and the flags, as primitives and tensors."""
+        grid = {"scale": self.scale.clone(), "zero_point": None if self.zero_point is None else self.zero_point.clone()}
+        return {**super().get_extra_state(), **grid, "frozen": self.frozen, "is_stale": self.is_stale}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`get_extra_state` returned.
+
+        Raises:
+            ValueError: If it comes from a weight of another shape.
+        """
+        for name, present in (("scale", self.scale), ("zero_point", self.zero_point)):
+            saved = state[name]
+            if (saved is None) != (present is None) or (saved is not None and saved.shape != self.scale.shape):
+                raise ValueError(f"The saved {name} does not fit: the weight had another shape or scheme.")
+            if present is not None:
+                present.copy_(saved)
         super().set_extra_state(state)
-        self.frozen, self.is_stale = bool(state[1]), bool(state[2])
+        self.frozen, self.is_stale = state["frozen"], state["is_stale"]
 
     def _on_missing_state(self) -> None:
         """Let the new weights get a grid of their own."""
@@ -157,4 +176,5 @@ class WeightFakeQuantize(AnnealedGrid):
 
     def extra_repr(self) -> str:
         """Describe the grid."""
-        return f"{super().extra_repr()}, scheme={self.scheme}, frozen={self.frozen}"
+        rung = "" if self.num_bits == self.scheme.num_bits else f", now at {self.num_bits:g} bits"
+        return f"{self.scheme}{rung}" + (", frozen" if self.frozen else "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,11 @@ class PlannedLayer:
     qat_class: type[QATLayer]
     scheme: QuantScheme
 
+    def __post_init__(self) -> None:
+        """Leave activations out where the input is an index."""
+        if self.qat_class.float_class is nn.Embedding:
+            object.__setattr__(self, "scheme", replace(self.scheme, activation=None))
+
     @property
     def weight(self) -> nn.Parameter:
         """The parameter that is quantized."""
@@ -38,6 +43,10 @@ class PlannedLayer:
         """``(O, I)`` of the weight."""
         return self.qat_class.to_matrix(self.weight.detach()).shape
 
+    def __repr__(self) -> str:
+        """Describe the layer in one line, without its module."""
+        return f"PlannedLayer({self.name!r}, {float_type(self.module).__name__}, {self.scheme})"
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -46,10 +55,12 @@ class Plan:
     Attributes:
         layers: The layers to quantize, in the order of ``named_modules``.
         skipped: Why every other module that holds a matrix stays in float, by name.
+        idle_targets: Targets of the rules that decide for no layer, since a later rule does.
     """
 
     layers: tuple[PlannedLayer, ...]
     skipped: dict[str, str]
+    idle_targets: tuple[str, ...] = ()
 
 
 def plan_exactly(
@@ -84,6 +95,25 @@ def find_qat_class(
 
         return QATConv1D
     return {**QAT_CLASSES, **(mapping or {})}.get(layer_type)
+
+
+def check_mapping(mapping: Mapping[type[nn.Module], type[QATLayer]] | None) -> dict[type[nn.Module], type[QATLayer]]:
+    """Return ``mapping`` as a dict.
+
+    Raises:
+        TypeError: If it does not map layer classes to subclasses of both QATLayer and the layer, whose
+            ``float_class`` is the layer.
+    """
+    for layer, qat_class in (mapping or {}).items():
+        is_qat = isinstance(qat_class, type) and issubclass(qat_class, QATLayer)
+        if not isinstance(layer, type) or not is_qat or qat_class.__dict__.get("float_class") is not layer:
+            raise TypeError(
+                f"mapping: {layer!r} cannot become {qat_class!r}. Map a layer class to a class made for it: class "
+                "QATMyLinear(QATLinear, MyLinear): float_class = MyLinear; mapping={MyLinear: QATMyLinear}."
+            )
+        if not issubclass(qat_class, layer):
+            raise TypeError(f"mapping: {qat_class.__name__} must be a subclass of {layer.__name__}, which it replaces.")
+    return dict(mapping or {})
 
 
 def float_type(module: nn.Module) -> type[nn.Module]:

@@ -13,10 +13,10 @@ from lightning_qat.core import QuantScheme
 
 @dataclass(frozen=True)
 class Rule:
-    """Quantize what ``target`` matches by ``scheme``.
+    """Quantize what ``target`` matches, with all that it contains, by ``scheme``.
 
     Args:
-        target: A layer type (``"Linear"``), or a pattern for module names in which ``*`` stands for anything.
+        target: A module type (``"Linear"``), or a pattern for module names in which ``*`` stands for anything.
             A pattern matches from any dot on: ``lm_head`` matches ``model.lm_head``.
         scheme: The scheme, or None to leave the layers in float.
     """
@@ -24,9 +24,9 @@ class Rule:
     target: str
     scheme: QuantScheme | None
 
-    def matches(self, name: str, layer_type: type) -> bool:
-        """Return whether the rule applies to the module ``name`` of class ``layer_type``."""
-        return matches(self.target, name, layer_type)
+    def matches(self, parts: Iterable[tuple[str, type]]) -> bool:
+        """Return whether the rule applies to one of ``parts``: (name, type) of a module and what contains it."""
+        return any(matches(self.target, name, module_type) for name, module_type in parts)
 
     def asks_for(self, labels: Iterable[str]) -> bool:
         """Return whether one part of the target is one of ``labels``, and not a wildcard that covers it."""
@@ -35,6 +35,9 @@ class Rule:
 
 RulesLike = str | QuantScheme | Mapping[str, Any] | Sequence[Mapping[str, Any] | Rule]
 """A scheme for everything, or ordered rules."""
+
+PatternsLike = str | type | Sequence[str | type] | None
+"""Patterns of modules."""
 
 
 def matches(pattern: str, name: str, layer_type: type) -> bool:
@@ -45,10 +48,14 @@ def matches(pattern: str, name: str, layer_type: type) -> bool:
 def parse_rules(spec: RulesLike) -> tuple[Rule, ...]:
     """Read one scheme for everything, or a list of rules ``{"target": ..., "scheme": ...}``.
 
+    A type may be given as the class or by its name.
+
     Raises:
         ValueError: If the list is empty or a scheme is not valid.
         TypeError: If an entry is not such a mapping.
     """
+    if isinstance(spec, Mapping) and "target" in spec:
+        spec = [spec]
     if isinstance(spec, Sequence) and not isinstance(spec, str):
         if not spec:
             raise ValueError("The list of rules is empty. Give a scheme such as 'w4g128', or at least one rule.")
@@ -62,7 +69,23 @@ def _parse_rule(entry: Any) -> Rule:
     if not isinstance(entry, Mapping) or set(entry) != {"target", "scheme"}:
         raise TypeError(f"A rule is a mapping with the keys 'target' and 'scheme', got {entry!r}.")
     scheme = entry["scheme"]
-    return Rule(str(entry["target"]), None if scheme is None else _parse_scheme(scheme))
+    return Rule(_parse_pattern(entry["target"]), None if scheme is None else _parse_scheme(scheme))
+
+
+def parse_patterns(spec: PatternsLike) -> list[str]:
+    """Read patterns of modules: one or several, each a pattern for names, the name of a type, or a class."""
+    if spec is None:
+        return []
+    patterns = [spec] if isinstance(spec, (str, type)) else list(spec)
+    return [_parse_pattern(pattern) for pattern in patterns]
+
+
+def _parse_pattern(pattern: Any) -> str:
+    if isinstance(pattern, type):
+        return pattern.__name__
+    if not isinstance(pattern, str):
+        raise TypeError(f"Expected a pattern for module names, such as '*.mlp', or a module class, got {pattern!r}.")
+    return pattern
 
 
 def _parse_scheme(spec: Any) -> QuantScheme:
@@ -89,5 +112,5 @@ def check_patterns(patterns: Iterable[str], modules: Mapping[str, type], what: s
     for pattern in patterns:
         if not any(matches(pattern, name, layer_type) for name, layer_type in modules.items()):
             names = {*modules, *(name.rpartition(".")[2] for name in modules), *(t.__name__ for t in modules.values())}
-            close = difflib.get_close_matches(pattern, sorted(names), n=3) or sorted(modules)[:5]
+            close = difflib.get_close_matches(pattern, sorted(names - {""}), n=3) or sorted(set(modules) - {""})[:5]
             raise ValueError(f"{what} {pattern!r} matches no module. Did you mean one of {close}?")

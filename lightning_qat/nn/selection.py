@@ -12,9 +12,8 @@ from torch.nn.parameter import is_lazy
 from lightning_qat.core import fitting_group_sizes
 from lightning_qat.nn.layers import QATLayer
 from lightning_qat.nn.plan import QAT_CLASSES, Plan, PlannedLayer, find_qat_class, float_type
+from lightning_qat.nn.reserved import frozen_parts, output_heads
 from lightning_qat.nn.rules import Rule, check_patterns, matches
-
-OUTPUT_HEAD_NAMES = ("lm_head", "embed_out")
 
 
 def make_plan(
@@ -58,6 +57,8 @@ class _Selection:
         include_frozen: bool,
     ) -> None:
         self.root, self.rules, self.ignore, self.mapping = root, rules, ignore, mapping
+        self.reached: set[Rule] = set()
+        self.decisive: set[Rule] = set()
         self.names: dict[nn.Module, list[str]] = defaultdict(list)
         for name, module in root.named_modules(remove_duplicate=False):
             self.names[module].append(name)
@@ -66,8 +67,8 @@ class _Selection:
             for parameter in module._parameters.values():
                 if parameter is not None:
                     self.owners[parameter].append(module)
-        self.frozen_children = set() if include_frozen else _frozen_children(root)
-        self.heads = _output_heads(self.names)
+        self.frozen_parts = set() if include_frozen else frozen_parts(root)
+        self.heads = output_heads(self.names)
         self.scope = target_module
         if target_module is not None and target_module not in dict(root.named_modules()):
             close = sorted(name for name, _ in root.named_children())
@@ -88,9 +89,21 @@ class _Selection:
         self._add_ties(layers, skipped)
         if not layers:
             raise ValueError(f"There is no layer to quantize. {_list_reasons(skipped)}")
+        self._check_rules_reach_something(skipped)
         _check_group_sizes(layers.values())
         ordered = [layers[module] for module in self.names if module in layers]
-        return Plan(tuple(ordered), skipped)
+        return Plan(tuple(ordered), skipped, tuple(rule.target for rule in self.rules if rule not in self.decisive))
+
+    def _check_rules_reach_something(self, skipped: Mapping[str, str]) -> None:
+        for rule in self.rules:
+            if rule not in self.reached:
+                matched = [(name, reason) for name, reason in skipped.items() if rule.matches(self._parts(name))]
+                reasons = "; ".join(f"{name}: {reason}" for name, reason in matched[:3]) or "it holds no matrix"
+                raise ValueError(f"The rule target {rule.target!r} matches no layer that can be quantized ({reasons}).")
+
+    def _parts(self, name: str) -> list[tuple[str, type[nn.Module]]]:
+        """Return name and float type of a module and of all that contain it, except the root."""
+        return [(prefix, float_type(self.root.get_submodule(prefix))) for prefix in _prefixes(name)]
 
     def _choose(self, module: nn.Module, names: list[str]) -> PlannedLayer | str | None:
         """Return the layer as planned, the reason to leave it in float, or None if it holds no matrix."""
@@ -104,13 +117,16 @@ class _Selection:
         reason = self._reason_outside(module, names) or self._reason_by_type(module, layer_type, qat_class)
         if reason or qat_class is None:
             return reason
-        candidates = [rule for rule in self.rules if any(rule.matches(name, layer_type) for name in names)]
+        parts = [part for name in names for part in self._parts(name)] or [("", layer_type)]
+        candidates = [rule for rule in self.rules if rule.matches(parts)]
         for labels, text in self._reservations(module, names):
             candidates = [rule for rule in candidates if rule.asks_for(labels)]
             if not candidates:
                 return f"{text} (a rule with target '{labels[0]}' quantizes it)"
         if not candidates:
             return "no rule matches"
+        self.reached.update(candidates)
+        self.decisive.add(candidates[-1])
         scheme = candidates[-1].scheme
         return "float by rule" if scheme is None else PlannedLayer(names[0], module, qat_class, scheme)
 
@@ -145,8 +161,9 @@ class _Selection:
         """Yield why the module is quantized only if a rule names it, and by which words."""
         for name in names:
             # What was quantized while it trained stays so when it is frozen afterwards.
-            if (child := name.split(".")[0]) in self.frozen_children and not isinstance(module, QATLayer):
-                yield [child], "its part of the model does not train"
+            for part in self.frozen_parts.intersection(_prefixes(name)):
+                if not isinstance(module, QATLayer):
+                    yield [part.rpartition(".")[2]], "its part of the model does not train"
         label = names[0].rpartition(".")[2]
         if float_type(module) is nn.Embedding:
             yield [label, "Embedding"], "embeddings stay in float"
@@ -176,30 +193,6 @@ def _prefixes(name: str) -> list[str]:
     """Return the names of a module and of all that contain it, except the root."""
     parts = name.split(".") if name else []
     return [".".join(parts[: index + 1]) for index in range(len(parts))]
-
-
-def _frozen_children(root: nn.Module) -> set[str]:
-    """Return the children that hold parameters of which none trains, unless nothing trains at all."""
-    if not any(parameter.requires_grad for parameter in root.parameters()):
-        return set()
-    trains: dict[str, set[bool]] = defaultdict(set)
-    for name, parameter in root.named_parameters():
-        if ".weight_fake_quant." not in name:  # a learned scale does not make its layer one that trains
-            trains[name.split(".")[0]].add(parameter.requires_grad)
-    return {child for child, flags in trains.items() if flags == {False}}
-
-
-def _output_heads(names: Mapping[nn.Module, list[str]]) -> set[nn.Module]:
-    """Return what turns hidden states into logits over a vocabulary."""
-    heads = {module for module, aliases in names.items() if aliases[0].rpartition(".")[2] in OUTPUT_HEAD_NAMES}
-    embedded = {module._parameters.get("weight") for module in names if isinstance(module, nn.Embedding)}
-    heads |= {m for m in names if isinstance(m, nn.Linear) and m._parameters.get("weight") in embedded}
-    for module in names:
-        get_head = getattr(module, "get_output_embeddings", None)
-        head = get_head() if callable(get_head) else None
-        if isinstance(head, nn.Module):
-            heads.add(head)
-    return heads
 
 
 def _check_group_sizes(layers: Iterable[PlannedLayer]) -> None:

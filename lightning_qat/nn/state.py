@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_qat.core import GradientEstimator, Observer
 from lightning_qat.core.registry import build, describe
@@ -33,11 +33,19 @@ def quantizer_prefixes(root: nn.Module) -> tuple[str, ...]:
     return tuple(f"{name}." for name, module in named if isinstance(module, kinds))
 
 
-def quantizer_state(root: nn.Module) -> dict[str, Any]:
-    """Return structure and state of all quantizers of ``root`` as primitives and tensors."""
+def quantizer_state(root: nn.Module, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return structure and state of all quantizers of ``root`` as primitives and tensors.
+
+    Args:
+        root: The prepared model.
+        parameters: State dict from which to take learned scales where it has them, such as that of a weight
+            average. Default: those of ``root``.
+    """
     layers = quantized_layers(root)
     config = next(iter(layers.values())).weight_fake_quant.config
     prefixes = quantizer_prefixes(root)
+    own = {key: value for key, value in root.state_dict().items() if key.startswith(prefixes)}
+    averaged = {key: value for key, value in (parameters or {}).items() if not key.endswith("_extra_state")}
     return {
         "version": _VERSION,
         "layers": {name: layer.weight_fake_quant.scheme.to_dict() for name, layer in layers.items()},
@@ -49,7 +57,7 @@ def quantizer_state(root: nn.Module) -> dict[str, Any]:
         "observer": describe(config.observer, OBSERVERS),
         "estimator": describe(config.estimator, ESTIMATORS),
         "learn_scales": config.learn_scales,
-        "quantizers": {key: value for key, value in root.state_dict().items() if key.startswith(prefixes)},
+        "quantizers": {key: averaged.get(key, value) for key, value in own.items()},
     }
 
 
@@ -66,7 +74,7 @@ def load_quantizer_state(root: nn.Module, state: Mapping[str, Any]) -> None:
                 f"The checkpoint was trained with other quantizers: {_difference(present[part], state[part])}. Use the "
                 "arguments of that run, or load only the weights: model.load_state_dict(checkpoint['state_dict'])."
             )
-    quantizers: dict[str, Tensor] = state["quantizers"]
+    quantizers: dict[str, Any] = state["quantizers"]
     if set(quantizers) != set(present["quantizers"]):
         raise ValueError("The checkpoint does not hold the state of all quantizers; it is damaged or incomplete.")
     root.load_state_dict(quantizers, strict=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_qat.schedules.open_loop import OpenLoop
+from lightning_qat.schedules.open_loop import OpenLoop, check_width
 
 
 @dataclass(frozen=True)
@@ -13,9 +13,16 @@ class Constant(OpenLoop):
 
     Args:
         num_bits: Width in bits.
+
+    Raises:
+        ValueError: If no grid has that width.
     """
 
     num_bits: float
+
+    def __post_init__(self) -> None:
+        """Validate the width."""
+        check_width(self.num_bits)
 
     @property
     def final_bits(self) -> float:

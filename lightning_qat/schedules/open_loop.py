@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
+from lightning_qat.core import WIDTHS
+
 
 class OpenLoop:
     """A schedule without memory: metrics do not change it and a resumed run needs no state."""
@@ -22,6 +24,16 @@ class OpenLoop:
         """Ignore ``state``."""
 
 
+def check_width(num_bits: Any) -> None:
+    """Check that ``num_bits`` is a width that a grid can have.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if isinstance(num_bits, (bool, str)) or num_bits not in WIDTHS:
+        raise ValueError(f"{num_bits!r} is not a width in bits; a schedule goes through some of {WIDTHS}.")
+
+
 def is_fraction(position: Any) -> bool:
     """Return whether a position is a share of the run and not a number of optimizer steps."""
     return isinstance(position, float)
@@ -34,8 +46,11 @@ def position_to_step(position: float, total_steps: int | None) -> int:
     rounded down, so that every share below 1 is reached.
 
     Raises:
-        ValueError: If a share is asked for and ``total_steps`` is None, or the position is out of range.
+        ValueError: If a share is asked for and ``total_steps`` is None, the position is out of range, or it is
+            no number.
     """
+    if type(position) not in (int, float):
+        raise ValueError(f"{position!r} must be a number of optimizer steps (int) or a fraction of the run (float).")
     if isinstance(position, int):
         if position < 0:
             raise ValueError(f"A position in optimizer steps cannot be negative, got {position}.")

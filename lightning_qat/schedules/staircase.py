@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from lightning_qat.schedules.open_loop import OpenLoop, position_to_step
+from lightning_qat.schedules.open_loop import OpenLoop, check_width, position_to_step
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Staircase(OpenLoop):
             (``{0: 8, 500: 4, 1000: 3}``) or as fractions of the whole run (``{0.0: 8, 0.25: 4, 0.5: 3}``).
 
     Raises:
-        ValueError: If the widths do not go down, the first rung is not at 0, or positions are mixed or
-            out of range.
+        ValueError: If a width does not exist or they do not go down, the first rung is not at 0, or
+            positions are mixed or out of range.
 
     Example::
 
@@ -36,9 +36,14 @@ class Staircase(OpenLoop):
     def __post_init__(self) -> None:
         """Split ``bits`` into positions and widths, and validate them."""
         is_mapping = isinstance(self.bits, Mapping)
+        if isinstance(self.bits, Mapping):
+            for position in self.bits:
+                position_to_step(position, total_steps=1)
         object.__setattr__(self, "positions", tuple(sorted(self.bits)) if is_mapping else ())
         widths = (self.bits[key] for key in self.positions) if isinstance(self.bits, Mapping) else self.bits
         object.__setattr__(self, "widths", tuple(widths))
+        for num_bits in self.widths:
+            check_width(num_bits)
         if not self.widths or any(a <= b for a, b in zip(self.widths, self.widths[1:], strict=False)):
             raise ValueError(f"The widths of a staircase must go down from rung to rung, got {list(self.widths)}.")
         if is_mapping:
@@ -47,8 +52,6 @@ class Staircase(OpenLoop):
     def _check_positions(self) -> None:
         if self.positions[0] != 0:
             raise ValueError(f"The first rung must begin at 0, not at {self.positions[0]}.")
-        for position in self.positions:
-            position_to_step(position, total_steps=1)
         if len({type(position) for position in self.positions[1:]}) > 1:
             raise ValueError(
                 f"The positions {list(self.positions)} mix optimizer steps (whole numbers) with fractions of the run."

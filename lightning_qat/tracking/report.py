@@ -26,8 +26,13 @@ def report(results: Path, figure: Path, title: str) -> list[Row]:
 
     Returns:
         The rows of the table.
+
+    Raises:
+        ValueError: If there are no records, or they do not fit together.
     """
     records = read_records(results)
+    if not records:
+        raise ValueError(f"{results} holds no records.")
     rows = make_rows(records)
     draw_quality_vs_bits(rows, title, figure)
     console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)

@@ -1,6 +1,7 @@
 """Resuming, portability, and loading without a Trainer."""
 
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from lightning_qat import QATCallback, load_qat, restore_float
 from lightning_qat.callbacks.errors import QATConfigurationError
 from lightning_qat.callbacks.step_checkpoint import StepCheckpoint
 from lightning_qat.nn import quantized_layers
-from tests.helpers import TinyTask, fit, loader, make_trainer
+from tests.helpers import StopAt, TinyTask, fit, loader, make_trainer
 
 RUNS = {
     "observed": {"scheme": "w2g16", "schedule": [8, 4, 3, 2], "freeze_at": 0.9},
@@ -28,7 +29,10 @@ STEPS = 24
 
 def state_of(task):
     """Everything that must be equal to the bit."""
-    state = dict(task.state_dict())
+    state = {}
+    for key, value in task.state_dict().items():
+        parts = {f"{key}/{part}": entry for part, entry in value.items()} if isinstance(value, dict) else {key: value}
+        state.update({name: None if entry is None else torch.as_tensor(entry) for name, entry in parts.items()})
     for name, layer in quantized_layers(task).items():
         params = layer.weight_fake_quant.qparams(layer.weight)
         state[f"{name}/scale"], state[f"{name}/zero_point"] = params.scale, params.zero_point
@@ -81,7 +85,7 @@ def test_validating_a_checkpoint_gives_the_metric_of_the_run(name, at, tmp_path)
     """With the callback, and through load_qat."""
     task = TinyTask()
     callback = QATCallback(**RUNS[name])
-    trainer = fit(task, callback, max_steps=STEPS, limit_train_batches=at)
+    trainer = fit(task, callback, StopAt(at), max_steps=STEPS)
     assert trainer.global_step == at
     expected = trainer.validate(task, loader(2), verbose=False)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
@@ -89,6 +93,12 @@ def test_validating_a_checkpoint_gives_the_metric_of_the_run(name, at, tmp_path)
     assert fresh.validate(TinyTask(seed=99), loader(2), ckpt_path=tmp_path / "last.ckpt", verbose=False) == expected
     rebuilt = load_qat(TinyTask(seed=99), tmp_path / "last.ckpt")
     assert make_trainer().validate(rebuilt, loader(2), verbose=False) == expected
+
+
+def test_resuming_with_a_schedule_that_goes_back_up_is_warned_of(tmp_path):
+    fit(TinyTask(), QATCallback("w2", schedule=[8, 2]), StepCheckpoint(tmp_path, [4]), max_steps=6)
+    with pytest.warns(UserWarning, match="trained at 2 bits, and its run goes on at 8"):
+        fit(TinyTask(), QATCallback("w2", schedule=[8, 2]), max_steps=20, ckpt_path=tmp_path / "step4.ckpt")
 
 
 SCRIPT = """
@@ -170,8 +180,52 @@ def test_weights_only_checkpoints_keep_the_state_in_the_state_dict(tmp_path):
     trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
     fresh = make_trainer(QATCallback(**RUNS["learned"]))
     assert fresh.validate(TinyTask(seed=99), loader(2), ckpt_path=tmp_path / "weights.ckpt", verbose=False) == expected
-    with pytest.raises(ValueError, match=r"no 'lightning_qat' entry.*save_weights_only"):
+
+
+def test_load_qat_tells_what_a_checkpoint_of_weights_alone_lacks(tmp_path):
+    task, callback = TinyTask(), QATCallback("w4g16")
+    trainer = fit(task, callback, max_steps=3)
+    trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    with pytest.raises(ValueError, match=r"save_weights_only=True.*QATCallback\(...\).prepare"):
         load_qat(TinyTask(), tmp_path / "weights.ckpt")
+    other = TinyTask(seed=99)
+    callback.prepare(other)
+    other.load_state_dict(torch.load(tmp_path / "weights.ckpt", weights_only=True)["state_dict"])
+    assert_same(state_of(task), state_of(other))
+
+
+class BuiltInConfigureModel(TinyTask):
+    def __init__(self):
+        super().__init__()
+        self.net = None
+
+    def configure_model(self):
+        if self.net is None:
+            self.net = TinyTask(seed=5).net
+
+
+def test_load_qat_builds_what_configure_model_builds(tmp_path):
+    task = BuiltInConfigureModel()
+    fit(task, QATCallback("w4g16"), max_steps=3).save_checkpoint(tmp_path / "last.ckpt")
+    assert_same(state_of(task), state_of(load_qat(BuiltInConfigureModel(), tmp_path / "last.ckpt")))
+
+
+def test_load_qat_tells_that_a_model_is_not_built_yet(tmp_path):
+    fit(TinyTask(), QATCallback("w4g16"), max_steps=3).save_checkpoint(tmp_path / "last.ckpt")
+    unbuilt = TinyTask()
+    del unbuilt.net
+    with pytest.raises(ValueError, match=r"(?s)does not fit the module.*setup\(\) must be there.*net.0.weight"):
+        load_qat(unbuilt, tmp_path / "last.ckpt")
+
+
+def test_load_qat_of_a_file_with_other_objects(tmp_path):
+    trainer = fit(TinyTask(), QATCallback("w4g16"), max_steps=3)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    torch.save({**content, "hyper_parameters": {"path": tmp_path}}, tmp_path / "other.ckpt")
+    with pytest.raises(pickle.UnpicklingError, match="weights_only"):
+        load_qat(TinyTask(), tmp_path / "other.ckpt")
+    load_qat(TinyTask(), tmp_path / "other.ckpt", weights_only=False)
 
 
 def test_load_qat_refuses_a_model_without_the_layers(tmp_path):

@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_qat import QATCallback
 from lightning_qat.callbacks.errors import QATConfigurationError
+from lightning_qat.nn import QATLinear
 from tests.helpers import TinyTask, fit, loader, make_trainer
 
 
@@ -30,7 +31,16 @@ from tests.helpers import TinyTask, fit, loader, make_trainer
         ({"scheme": "w4", "fake_quant_after_n_steps": "late"}, "must be a number of optimizer steps"),
         ({"scheme": "w4", "fake_quant_after_n_steps": 1.5}, "fake_quant_after_n_steps: .*in \\[0, 1\\)"),
         ({"scheme": "w4", "scale_lr": 0.0}, "scale_lr=0.0 must be positive"),
-        ({"scheme": "w4", "health_every_n_steps": 0}, "must be at least 1"),
+        ({"scheme": "w4", "scale_lr": float("inf")}, "scale_lr=inf must be positive and finite"),
+        ({"scheme": "w4", "health_every_n_steps": 0}, "health_every_n_steps=0 must be positive"),
+        ({"scheme": "w4", "schedule": [9, 4]}, "9 is not a width in bits"),
+        ({"scheme": "w4", "schedule": ["8", 4]}, "'8' is not a width in bits"),
+        ({"scheme": "w4", "schedule": {"0": 8, "5": 4}}, "'0' must be a number of optimizer steps"),
+        ({"scheme": "w4", "schedule": {False: 8, True: 4}}, "False must be a number of optimizer steps"),
+        ({"scheme": "w4a1"}, "activations have 2 bits or more"),
+        ({"scheme": {"num_bits": 4, "activation": {"num_bits": 16}}}, "activations of 16 bits are not quantized"),
+        ({"scheme": "w4g32-bf16-fp16"}, "flags bf16 and fp16 of .* contradict"),
+        ({"scheme": "w4-actsym"}, "actsym .* is for activations"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(arguments, message):
@@ -38,12 +48,35 @@ def test_bad_arguments_are_refused_at_once(arguments, message):
         QATCallback(**arguments)
 
 
+class OtherLinear(nn.Linear):
+    pass
+
+
 @pytest.mark.parametrize(
-    "arguments",
-    [{"scheme": 4}, {"scheme": "w4", "observer": {"name": "mse", "steps": 3}}, {"scheme": "w4", "observer": dict}],
+    ("arguments", "message"),
+    [
+        ({"scheme": 4}, "Expected a QuantScheme or its shorthand"),
+        (
+            {"scheme": "w4", "observer": {"name": "mse", "steps": 3}},
+            "'mse' takes the arguments num_steps, .* got {'steps': 3}",
+        ),
+        ({"scheme": "w4", "observer": dict}, "Expected one of minmax, mse or an object as observer"),
+        ({"scheme": "w4", "schedule": "staircase"}, "schedule 'staircase' takes the arguments bits"),
+        ({"scheme": "w4", "schedule": 4}, "schedule=4 must be a list of widths"),
+        ({"scheme": "w4", "schedule": True}, "schedule=True must be a list of widths"),
+        ({"scheme": "w4", "scale_lr": "1e-3"}, "scale_lr='1e-3' must be a number"),
+        ({"scheme": "w4", "scale_lr": True}, "scale_lr=True must be a number"),
+        ({"scheme": "w4", "health_every_n_steps": 2.5}, "must be a whole number"),
+        ({"scheme": "w4", "ignore": [3]}, "Expected a pattern for module names"),
+        ({"scheme": [{"target": 3, "scheme": "w4"}]}, "Expected a pattern for module names"),
+        ({"scheme": {"target": "Linear", "bits": 4}}, "keys 'target' and 'scheme'"),
+        ({"scheme": "w4", "mapping": {"OtherLinear": QATLinear}}, "mapping: 'OtherLinear' cannot become"),
+        ({"scheme": "w4", "mapping": {OtherLinear: nn.Linear}}, "class made for it: class QATMyLinear"),
+        ({"scheme": "w4", "mapping": {OtherLinear: QATLinear}}, "class made for it: class QATMyLinear"),
+    ],
 )
-def test_wrong_types_are_refused_at_once(arguments):
-    with pytest.raises(TypeError):
+def test_wrong_types_are_refused_at_once(arguments, message):
+    with pytest.raises(TypeError, match=message):
         QATCallback(**arguments)
 
 
@@ -72,12 +105,32 @@ def refused(message, *callbacks, task=None, **trainer):
         ),
         (lambda: QATCallback("w2", schedule=[8, 2], freeze_at=0.4), "freezes the scales at step 4, before"),
         (lambda: QATCallback("w2", schedule={0: 8, 90: 2}), "begins at step 90, but the run has only 10"),
+        (lambda: QATCallback("w2", freeze_at=10), "freeze the scales after the last of 10 optimizer steps"),
         (lambda: QATCallback("w2", fake_quant_after_n_steps=10), "would start after 10 steps, but the run has only 10"),
         (lambda: QATCallback("w2", schedule={0: 8, 3: 2}, fake_quant_after_n_steps=4), "starts only after step 4"),
     ],
 )
 def test_what_does_not_fit_model_or_run_is_refused(callback, message):
     refused(message, callback(), max_steps=10)
+
+
+@pytest.mark.parametrize("options", [{"schedule": {0: 8, 90: 2}}, {"fake_quant_after_n_steps": 90}, {"freeze_at": 90}])
+def test_steps_beyond_the_end_of_the_last_epoch_are_refused(options):
+    refused(
+        "only 10 optimizer steps|last of 10 optimizer steps", QATCallback("w2", **options), num_batches=5, max_epochs=2
+    )
+
+
+@pytest.mark.parametrize("trainer", [{"max_steps": 0}, {"max_epochs": 0}])
+def test_a_run_of_no_steps_is_refused(trainer):
+    refused("no optimizer step. Raise max_steps or max_epochs", QATCallback("w2", schedule=[8, 2]), **trainer)
+
+
+def test_fast_dev_run_goes_through_the_final_grid():
+    task = TinyTask()
+    fit(task, QATCallback("w2", schedule={0: 8, 500: 2}, freeze_at=600), fast_dev_run=3)
+    assert task.net[0].weight_fake_quant.num_bits == 2
+    assert task.net[0].weight_fake_quant.frozen
 
 
 def test_two_qat_callbacks_are_refused():

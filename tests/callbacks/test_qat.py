@@ -6,13 +6,15 @@ import csv
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from lightning_qat import QATCallback, restore_float
+from lightning_qat.callbacks.errors import QATConfigurationError
 from lightning_qat.nn import QATLinear, quantized_layers
 from lightning_qat.schedules import Staircase
-from tests.helpers import TinyTask, batch_at, fit, loader, make_trainer
+from tests.helpers import StopAt, TinyTask, batch_at, fit, loader, make_trainer
 
 
 class Watch(pl.Callback):
@@ -148,7 +150,7 @@ def test_learned_scales_have_a_group_of_their_own():
     [
         lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 0.9**step),
         lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, 10),
-        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1e-2, total_steps=10),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, [1e-2, 1e-3], total_steps=10),
         lambda o: torch.optim.lr_scheduler.SequentialLR(
             o, [torch.optim.lr_scheduler.ConstantLR(o), torch.optim.lr_scheduler.ExponentialLR(o, 0.9)], [3]
         ),
@@ -165,6 +167,51 @@ def test_learning_rate_schedulers_know_the_group(make_scheduler, named):
 
     trainer = fit(Task(), QATCallback("w4g16", scale_lr=1e-3), max_steps=6)
     assert [count for count, _, _ in groups_of(trainer)] == [4, 2]
+
+
+class Scheduled(TinyTask):
+    def __init__(self, make_scheduler):
+        super().__init__()
+        self.make_scheduler = make_scheduler
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.SGD(self.parameters(), 1e-2)
+        return [optimizer], [{"scheduler": self.make_scheduler(optimizer), "interval": "step"}]
+
+
+@pytest.mark.parametrize(
+    "make_scheduler",
+    [
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 1e-2, total_steps=10),
+        lambda o: torch.optim.lr_scheduler.CyclicLR(o, 1e-2, 1e-1),
+    ],
+    ids=["onecycle", "cyclic"],
+)
+def test_a_scheduler_that_overrides_the_learning_rate_of_scales_is_told(make_scheduler):
+    with pytest.warns(UserWarning, match="learning rate of the scales to .*, not to scale_lr=0.001"):
+        fit(Scheduled(make_scheduler), QATCallback("w4g16", scale_lr=1e-3), max_steps=2)
+
+
+def test_a_scheduler_that_counts_the_groups_is_explained():
+    task = Scheduled(lambda o: torch.optim.lr_scheduler.LambdaLR(o, [lambda step: 1.0]))
+    with pytest.raises(QATConfigurationError, match=r"Expected 2 lr_lambdas.*scale_lr, each parameter group"):
+        fit(task, QATCallback("w4g16", scale_lr=1e-3), max_steps=2)
+    assert torch.optim.Optimizer.add_param_group.__name__ == "add_param_group"
+
+
+@pytest.mark.parametrize("schedule", [None, [8, 4]])
+@pytest.mark.parametrize("options", [{}, {"save_last": True}, {"save_top_k": 0}])
+def test_keeping_the_best_of_several_rungs_is_warned_of(schedule, options, tmp_path, recwarn):
+    checkpoint = ModelCheckpoint(tmp_path, monitor="val/loss", **options)
+    trainer = make_trainer(QATCallback("w4", schedule=schedule), checkpoint, max_steps=4, enable_checkpointing=True)
+    trainer.fit(TinyTask(), loader(), loader(2))
+    told = [w for w in recwarn if "ModelCheckpoint monitors 'val/loss', whose best value" in str(w.message)]
+    assert len(told) == (schedule is not None and not options)
+
+
+def test_early_stopping_over_several_rungs_is_warned_of():
+    with pytest.warns(UserWarning, match="EarlyStopping monitors 'val/loss'.*give it patience"):
+        fit(TinyTask(), QATCallback("w4", schedule=[8, 4]), EarlyStopping("val/loss"), limit_train_batches=4)
 
 
 def test_groups_of_the_user_are_split_one_by_one():
@@ -249,14 +296,14 @@ def test_bits_and_health_are_logged_in_aggregate(tmp_path):
     with open(logger.experiment.metrics_file_path) as file:
         rows = [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
     logged = {row["step"]: row for row in rows if "qat/num_bits" in row}
-    assert sorted(logged) == [2, 4, 6, 8, 10, 12]
+    assert sorted(logged) == [1, 3, 5, 7, 9, 11]
     assert [logged[step]["qat/num_bits"] for step in sorted(logged)] == [16, 16, 4, 4, 2, 2]
-    assert "qat/sqnr_db" not in logged[4]
-    assert 12 < logged[6]["qat/sqnr_db"] < 26  # a normal weight per channel: about 6 dB per bit, less the peak
-    assert logged[12]["qat/sqnr_db"] < logged[8]["qat/sqnr_db"] - 6
-    assert 0 <= logged[12]["qat/clipped_fraction"] < 0.2
-    assert 0 < logged[12]["qat/scale_drift"] < 0.5
-    assert "qat/scale_drift" not in logged[10]  # the first look at a new grid
+    assert "qat/sqnr_db" not in logged[3]
+    assert 12 < logged[5]["qat/sqnr_db"] < 26  # a normal weight per channel: about 6 dB per bit, less the peak
+    assert logged[11]["qat/sqnr_db"] < logged[7]["qat/sqnr_db"] - 6
+    assert 0 <= logged[11]["qat/clipped_fraction"] < 0.2
+    assert 0 < logged[11]["qat/scale_drift"] < 0.5
+    assert "qat/scale_drift" not in logged[9]  # the first look at a new grid
     names = {name for row in rows for name in row if name.startswith("qat/")}
     assert names == {"qat/num_bits", "qat/sqnr_db", "qat/clipped_fraction", "qat/scale_drift"}
     assert trainer.callback_metrics["qat/num_bits"] == 2
@@ -279,20 +326,23 @@ def test_the_summary_says_what_is_done_and_why(capsys):
 
     fit(Task(), QATCallback("w2g16", schedule=[8, 4, 2], freeze_at=0.9, ignore=["net.2"]), max_steps=30)
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
-    assert "1 layers at w2g16" in text
+    assert "1 layer at w2g16" in text
     assert "net.2: ignored" in text
     assert "embed: embeddings stay in float" in text
     assert "4.00 in the quantized layers" in text
     assert "8 bits from step 0, 4 bits from step 10, 2 bits from step 20 of 30; scales frozen from step 27" in text
 
 
-def test_a_run_that_stops_before_its_last_rung_warns():
-    class Stop(pl.Callback):
-        def on_train_batch_end(self, trainer, *args):
-            trainer.should_stop = trainer.global_step == 5
+def test_rules_without_effect_are_in_the_summary(capsys):
+    rules = [{"target": "net.0", "scheme": "w8"}, {"target": "Linear", "scheme": "w4"}]
+    fit(TinyTask(), QATCallback(rules), max_steps=2)
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "2 layers at w4 Rules without effect net.0" in text
 
+
+def test_a_run_that_stops_before_its_last_rung_warns():
     with pytest.warns(UserWarning, match="on the rung of 8 bits, before the last rung"):
-        fit(TinyTask(), QATCallback("w2", schedule=[8, 2]), Stop(), max_steps=20)
+        fit(TinyTask(), QATCallback("w2", schedule=[8, 2]), StopAt(5), max_steps=20)
 
 
 def test_layers_whose_forward_is_bypassed_are_reported():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import lightning_qat
 from lightning_qat.records import read_records
 
 ROOT = Path(__file__).parents[2]
@@ -75,11 +76,12 @@ def test_train_leaves_a_checkpoint_and_can_start_from_one(tmp_path):
     done = run("train", "logger=none", "hydra.run.dir=out", "callbacks.qat.scheme=w4g32", *SMALL,
                "callbacks.qat.schedule=[8,4]", cwd=tmp_path)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "perplexity:" in done.stdout
+    assert "seed 0: perplexity " in done.stdout
     base = next(tmp_path.rglob("base/step6.ckpt"))
     again = run(
         "train",
         "logger=csv",
+        "seeds=3",
         "hydra.run.dir=out2",
         f"init_from={base}",
         "+trainer.log_every_n_steps=2",
@@ -88,6 +90,7 @@ def test_train_leaves_a_checkpoint_and_can_start_from_one(tmp_path):
     )
     assert again.returncode == 0, again.stderr[-3000:]
     assert not list(tmp_path.glob("out2/**/base"))
+    assert "seed 3: perplexity " in again.stdout
     assert list(tmp_path.glob("out2/**/metrics.csv"))
 
 
@@ -107,11 +110,32 @@ def test_bad_calls_fail_and_say_why(arguments, code, message, tmp_path):
     assert message in done.stderr
 
 
-def test_bad_schemes_fail_before_any_training(tmp_path):
-    done = run("compare", "callbacks.qat.scheme=w4g", *SMALL, cwd=tmp_path)
+@pytest.mark.parametrize("command", ["compare", "train"])
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["callbacks.qat.scheme=w4g"], "Cannot read the scheme"),
+        (["+callbacks.qat.ignore=[heads]"], "ignore pattern 'heads' matches no module"),
+        (["+callbacks.qat.freeze_at=0.5"], "before the last rung"),
+        (["seeds=[1,1]"], "seeds=[1, 1] must be one or more different"),
+    ],
+)
+def test_what_cannot_work_fails_before_any_training(command, overrides, message, tmp_path):
+    done = run(command, "logger=none", *overrides, *SMALL, cwd=tmp_path)
     assert done.returncode == 1
-    assert "Cannot read the scheme" in done.stderr
-    assert "optimizer steps" not in done.stdout
+    assert message in done.stderr
+    assert "optimizer steps" not in done.stdout  # the heading of an arm
+
+
+def test_version(tmp_path):
+    assert run("--version", cwd=tmp_path).stdout == f"lightning-qat {lightning_qat.__version__}\n"
+
+
+def test_plot_refuses_an_empty_file(tmp_path):
+    (tmp_path / "none.jsonl").touch()
+    done = run("plot", "results=none.jsonl", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "none.jsonl holds no records" in done.stderr
 
 
 def test_help_lists_the_commands(tmp_path):

@@ -187,6 +187,40 @@ def test_learned_scales_start_at_the_observed_grid_and_stay_positive():
     assert (quantizer.qparams(model[0].weight).scale > 0).all()
 
 
+def test_quantized_weights_of_a_float_model_are_refused():
+    with pytest.raises(ValueError, match=r"no fake-quantized layers. Load a checkpoint .* by load_qat"):
+        quantized_weights(nn.Linear(8, 8))
+
+
+def test_observer_and_estimator_may_be_named():
+    model = nn.Sequential(nn.Linear(32, 8))
+    prepare(model, "w4", observer={"name": "mse", "num_steps": 7}, estimator="ste")
+    assert model[0].weight_fake_quant.config.observer == MSEObserver(num_steps=7)
+
+
+def test_descriptions_are_one_line():
+    model = nn.Sequential(nn.Linear(32, 8))
+    plan = prepare(model, "w4a8")
+    assert repr(plan.layers[0]) == "PlannedLayer('0', Linear, w4a8)"
+    assert repr(quantized_weights(model)) == "{'0': QuantizedWeight(8 x 32, w4)}"
+    set_num_bits(model, 8)
+    assert "(weight_fake_quant): WeightFakeQuantize(w4, now at 8 bits)" in repr(model)
+
+
+def test_grids_follow_the_module_and_are_found_anew_after_meta():
+    model = nn.Sequential(nn.Linear(8, 8))
+    prepare(model, "w4-asym", observer="mse")
+    expected = quantized_weights(model)["0"]
+    weight = model[0].weight.detach().clone()
+    model.to("meta")
+    assert model[0].weight_fake_quant.scale.is_meta
+    model.to_empty(device="cpu")
+    model.load_state_dict({"0.weight": weight, "0.bias": torch.zeros(8)}, assign=True)
+    found = quantized_weights(model)["0"]
+    assert torch.equal(found.codes, expected.codes)
+    assert torch.equal(found.params.zero_point, expected.params.zero_point)
+
+
 def test_transformer_encoder_layers_do_not_bypass_the_quantizers():
     """In evaluation, PyTorch's fused path would use the float weights of linear1 and linear2."""
     layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()

@@ -8,6 +8,7 @@ from torchmetrics import Metric
 from lightning_qat import prepare
 from lightning_qat.core import QuantScheme
 from lightning_qat.nn import QATLinear, make_plan, parse_rules, quantized_layers
+from lightning_qat.nn.bits import BitReport, bit_report
 
 
 class Model(nn.Module):
@@ -137,9 +138,66 @@ def test_children_that_do_not_train_are_skipped_unless_named():
 
 
 def test_a_child_that_trains_in_part_is_quantized_whole():
-    model = nn.ModuleDict({"net": nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))})
+    model = nn.ModuleDict({"net": nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), "head": nn.Linear(8, 8)})
     model["net"][0].requires_grad_(False)
-    assert set(schemes(model, "w4")[0]) == {"net.0", "net.1"}
+    assert set(schemes(model, "w4")[0]) == {"net.0", "net.1", "head"}
+
+
+def test_frozen_parts_are_found_inside_wrappers():
+    model = nn.ModuleDict({"backbone": nn.Sequential(nn.Linear(8, 8)), "head": nn.Linear(8, 8)})
+    model["backbone"].requires_grad_(False)
+    wrapped = nn.ModuleDict({"task": nn.ModuleDict({"model": model}), "loss": nn.MSELoss()})
+    assert set(schemes(wrapped, "w4")[0]) == {"task.model.head"}
+    assert schemes(wrapped, [{"target": "*", "scheme": "w4"}, {"target": "backbone", "scheme": "w8"}])[0] == {
+        "task.model.backbone.0": "w8",
+        "task.model.head": "w4",
+    }
+
+
+# ---------------------------------------------------------------------------------------------- what rules reach
+
+
+def test_rules_reach_what_their_target_contains():
+    model = nn.ModuleDict({"encoder": nn.Sequential(nn.Linear(8, 8), nn.ReLU()), "decoder": nn.Linear(8, 8)})
+    rules = [{"target": "Linear", "scheme": "w4"}, {"target": "encoder", "scheme": "w8"}]
+    assert schemes(model, rules)[0] == {"encoder.0": "w8", "decoder": "w4"}
+    rules = [{"target": nn.Sequential, "scheme": None}, {"target": "decoder", "scheme": "w2"}]
+    chosen, skipped = schemes(model, rules)
+    assert chosen == {"decoder": "w2"}
+    assert skipped == {"encoder.0": "float by rule"}
+    assert schemes(model, {"target": nn.Linear, "scheme": "w4"})[0] == {"encoder.0": "w4", "decoder": "w4"}
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("LayerNorm", r"'LayerNorm' matches no layer that can be quantized \(it holds no matrix\)"),
+        ("attention", r"'attention' matches no layer .*attention.out_proj: nn.MultiheadAttention uses its weight"),
+        ("outer.*", r"'outer.\*' matches no layer that can be quantized \(outer.embed: embeddings stay in float"),
+    ],
+)
+def test_a_rule_that_reaches_no_quantizable_layer_is_refused(target, message):
+    model = nn.ModuleDict(
+        {
+            "linear": nn.Linear(8, 8),
+            "norm": nn.LayerNorm(8),
+            "attention": nn.MultiheadAttention(8, 2),
+            "outer": nn.ModuleDict({"embed": nn.Embedding(4, 8)}),
+        }
+    )
+    with pytest.raises(ValueError, match=message):
+        prepare(model, [{"target": "*", "scheme": "w4"}, {"target": target, "scheme": "w8"}])
+
+
+def test_rules_without_effect_are_told():
+    rules = [{"target": "Linear", "scheme": "w8"}, {"target": "*", "scheme": "w4"}]
+    assert prepare(nn.Sequential(nn.Linear(8, 8)), rules).idle_targets == ("Linear",)
+
+
+@pytest.mark.parametrize("ignore", [nn.Conv1d, [nn.Conv1d], "Conv1d", ["conv"]])
+def test_what_is_ignored_may_be_a_class(ignore):
+    model = nn.ModuleDict({"linear": nn.Linear(8, 8), "conv": nn.Conv1d(8, 8, 3)})
+    assert [layer.name for layer in prepare(model, "w4", ignore=ignore).layers] == ["linear"]
 
 
 def test_networks_inside_metrics_are_skipped():
@@ -197,6 +255,12 @@ def test_layers_without_a_shape_are_listed():
     assert schemes(model, "w4")[1]["0"].startswith("its shape is not known yet")
     model(torch.randn(2, 5))
     assert set(schemes(model, "w4")[0]) == {"0", "1"}
+
+
+def test_layers_without_a_shape_do_not_stop_the_count_of_bits():
+    model = nn.Sequential(nn.Linear(32, 8, bias=False), nn.LazyLinear(8))
+    prepare(model, "w4")
+    assert bit_report(model) == BitReport(quantized=5.0, model=5.0)
 
 
 def test_what_was_quantized_while_it_trained_stays_so_when_it_is_frozen():

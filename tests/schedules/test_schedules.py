@@ -75,7 +75,7 @@ def test_fractions_are_taken_as_written():
         ({0.1: 8, 0.5: 4}, "must begin at 0"),
         ({0.0: 8, 1.0: 4}, "training ends before 1.0 is reached"),
         ({0: 8, 0.5: 4, 100: 2}, "mix optimizer steps"),
-        ({0: 4, -5: 8}, "must begin at 0"),
+        ({0: 4, -5: 8}, "cannot be negative"),
     ],
 )
 def test_bad_staircases_are_refused(bits, message):
