@@ -32,7 +32,7 @@ def load_qat(
 
     Args:
         module: The LightningModule (or whatever was the root of the run), in float; it is changed in place. If it
-            has a ``configure_model``, that is called.
+            has a ``configure_model``, that is called, and its ``strict_loading`` is respected.
         checkpoint: Path of the checkpoint, or its content.
         observer: The observer of the run, if it is not one of the registry.
         estimator: The estimator of the run, likewise.
@@ -55,7 +55,8 @@ def load_qat(
         raise ValueError(_explain_missing_state(content.get("state_dict", content)))
     if callable(configure_model := getattr(module, "configure_model", None)):
         configure_model()
-    _load_floats(module, content["state_dict"])
+    quantizers = content[STATE_KEY]["quantizers"]  # sharded strategies keep them in the state dict, too
+    _load_floats(module, {key: value for key, value in content["state_dict"].items() if key not in quantizers})
     rebuild(module, content[STATE_KEY], observer, estimator, mapping)
     return module
 
@@ -75,7 +76,7 @@ def _explain_missing_state(state_dict: Mapping[str, Any]) -> str:
 
 def _load_floats(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
     try:
-        module.load_state_dict(state_dict)
+        module.load_state_dict(state_dict, strict=getattr(module, "strict_loading", True))
     except RuntimeError as error:
         raise ValueError(
             f"The checkpoint does not fit the module. Build it as in that run; layers made in setup() must be there "

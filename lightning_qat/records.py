@@ -45,7 +45,7 @@ class EvalRecord:
         trained_with: What the weights were trained as: ``float`` or ``qat``.
         seed: Seed of the run.
         stored_bits: Bits per quantized weight in the exported file, if there is one.
-        cost_seconds: Wall time of training or quantization.
+        cost_seconds: Wall time of the whole training run, or of the quantization.
         data_hash: Hash of the data that was scored.
         versions: Versions of Python and packages.
     """
@@ -123,13 +123,15 @@ def recovery(
 
     Returns:
         The recovery, or None if the gap is below three standard deviations over seeds (below
-        ``minimum_gap`` with one seed): there is then nothing to recover.
+        ``minimum_gap`` with one seed), so that there is nothing to recover, or a loss is not finite.
 
     Example::
 
         >>> recovery([2.25], baseline=[3.0], reference=[2.0])
         0.75
     """
+    if not all(map(math.isfinite, [*quantized, *baseline, *reference])):
+        return None
     gaps = [worse - better for worse, better in zip(baseline, reference, strict=True)]
     regained = [worse - ours for worse, ours in zip(baseline, quantized, strict=True)]
     threshold = 3 * statistics.stdev(gaps) if len(gaps) > 1 else minimum_gap

@@ -75,6 +75,15 @@ def test_recovery_is_not_given_where_there_is_nothing_to_recover():
     assert recovery([1.0] * 3, [value + 0.1 for value in noisy], [1.0] * 3) == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("position", range(3))
+def test_recovery_is_not_given_where_a_run_diverged(bad, position):
+    losses = [[2.0, 2.0], [3.0, 3.0], [1.0, 1.0]]
+    losses[position][1] = bad
+    assert recovery(*losses) is None
+    assert recovery(*([loss[1]] for loss in losses)) is None
+
+
 positive = st.floats(0.1, 10)
 
 

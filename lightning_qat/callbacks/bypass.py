@@ -44,4 +44,5 @@ class BypassCheck:
 
 
 def _is_compiled(module: nn.Module) -> bool:
-    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+    marks = ("_compiled_call_impl", "_orig_mod", "_compiler_ctx")  # of Module.compile, torch.compile, Lightning
+    return any(getattr(module, mark, None) is not None for mark in marks)

@@ -22,7 +22,7 @@ _AVERAGING = tuple(
 
 
 def check_callbacks(callbacks: Sequence[pl.Callback], qat: pl.Callback) -> None:
-    """Check that ``qat`` is the only one of its kind and comes before what copies the model.
+    """Check that ``qat`` is the only one of its kind and comes before what copies or freezes the model.
 
     Raises:
         QATConfigurationError: If it is not.
@@ -33,12 +33,16 @@ def check_callbacks(callbacks: Sequence[pl.Callback], qat: pl.Callback) -> None:
             "[{'target': ..., 'scheme': ...}, ...], for layers that need different schemes."
         )
     for callback in callbacks[: callbacks.index(qat)]:
-        if isinstance(callback, _AVERAGING):
-            name = type(callback).__name__
-            raise QATConfigurationError(
-                f"{name} is listed before QATCallback, so it would copy the model before the quantizers are in. "
-                f"List QATCallback first: callbacks=[QATCallback(...), {name}(...)]."
-            )
+        name = type(callback).__name__
+        for kind, harm in (
+            (_AVERAGING, "copy the model before the quantizers are in"),
+            (pl_callbacks.BaseFinetuning, "freeze layers before the quantizers are in, and these would stay in float"),
+        ):
+            if isinstance(callback, kind):
+                raise QATConfigurationError(
+                    f"{name} is listed before QATCallback, so it would {harm}. List QATCallback first: "
+                    f"callbacks=[QATCallback(...), {name}(...)]."
+                )
 
 
 def warn_of_monitors(callbacks: Sequence[pl.Callback], num_rungs: int) -> None:

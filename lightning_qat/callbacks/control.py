@@ -41,7 +41,11 @@ def _refresh(root: nn.Module, steps_on_rung: int) -> None:
     """Let the costly observers that are due look again; the first grid of a rung was found by :func:`go_to_rung`."""
     for _, layer in weight_fake_quants(root):
         quantizer = layer.weight_fake_quant
-        is_due = steps_on_rung > 0 and steps_on_rung % quantizer.config.observer.refresh_every_n_steps == 0
+        is_due = (
+            not quantizer.pass_through
+            and steps_on_rung > 0
+            and steps_on_rung % quantizer.config.observer.refresh_every_n_steps == 0
+        )
         if is_due and not quantizer.follows_weight and quantizer.log_scale_ratio is None:
             quantizer.observe(layer.to_matrix(layer.weight))
 

@@ -33,7 +33,7 @@ class HealthMonitor:
         totals = torch.stack([_layer_totals(layer) for layer in layers.values()]).sum(0)
         signal, noise, clipped, numel = totals.tolist()
         figures = {"clipped_fraction": clipped / numel}
-        if noise > 0:
+        if noise > 0 and signal > 0:
             figures["sqnr_db"] = 10 * math.log10(signal / noise)
         if (drift := self._drift(layers)) is not None:
             figures["scale_drift"] = drift

@@ -12,6 +12,8 @@ from torch.optim import Optimizer
 
 from lightning_qat.callbacks.errors import QATConfigurationError
 
+_PREVIOUS = "_lightning_qat_previous"
+
 
 def run_around(module: nn.Module, hook: str, wrapper: Callable[[Callable[..., Any]], Any]) -> None:
     """Let ``wrapper(call)`` run in place of the next call of ``module.hook``; ``call()`` is the original.
@@ -19,20 +21,25 @@ def run_around(module: nn.Module, hook: str, wrapper: Callable[[Callable[..., An
     The patch lives in the instance and takes itself out first, since a module that holds a closure can be
     neither pickled nor deep-copied.
     """
-    original = getattr(module, hook)
+    original, previous = getattr(module, hook), vars(module).get(hook)
 
     @functools.wraps(original)
     def patched(*args: Any, **kwargs: Any) -> Any:
         remove_patch(module, hook)
         return wrapper(functools.partial(original, *args, **kwargs))
 
+    patched.__dict__[_PREVIOUS] = previous
     vars(module)[hook] = patched
 
 
 def remove_patch(module: nn.Module, hook: str) -> None:
-    """Take a patch of :func:`run_around` out, if it is still there."""
-    if hasattr(vars(module).get(hook), "__wrapped__"):
-        del vars(module)[hook]
+    """Take patches of :func:`run_around` out, if they are still there; what others put there stays."""
+    while _PREVIOUS in getattr(vars(module).get(hook), "__dict__", {}):
+        previous = vars(module)[hook].__dict__[_PREVIOUS]
+        if previous is None:
+            del vars(module)[hook]
+        else:
+            vars(module)[hook] = previous
 
 
 @contextmanager
@@ -66,10 +73,11 @@ def separate_param_group(parameters: set[nn.Parameter], lr: float) -> Iterator[N
     try:
         yield
     except ValueError as error:
+        reason = str(error).rstrip(".")
         raise QATConfigurationError(
-            f"configure_optimizers failed: {error} With scale_lr, each parameter group with learned scales is followed "
-            "by one of their own: an optimizer must allow several groups, and the lists that schedulers take must have "
-            "an entry more for each. Or leave scale_lr out."
+            f"configure_optimizers failed: {reason}. With scale_lr, each parameter group with learned scales is "
+            "followed by one of their own: an optimizer must allow several groups, and the lists that schedulers take "
+            "must have an entry more for each. Or leave scale_lr out."
         ) from error
     finally:
         Optimizer.add_param_group = add_param_group  # type: ignore[method-assign]

@@ -65,7 +65,9 @@ class QATCallback(pl.Callback):
             last match wins; a target is a module type or name pattern, and stands for all that the module
             contains. Linear and convolution layers are quantized; embeddings, the output head of a language
             model (tied to an embedding, returned by ``get_output_embeddings``, or named ``lm_head`` or
-            ``embed_out``) and parts of the model that do not train only if a rule names them.
+            ``embed_out``) and parts of the model that do not train only if a rule names them (a part is a child
+            of the model, or of the one module in it that holds all parameters). Naming one of two layers that
+            share a weight quantizes both.
         ignore: Modules that stay in float with all that they contain: module types or name patterns.
         observer: Where ranges come from: ``"minmax"``, ``"mse"``, a mapping with ``name`` and arguments, or
             an :class:`~lightning_qat.core.Observer`.
@@ -123,6 +125,8 @@ class QATCallback(pl.Callback):
         self.mapping = check_mapping(mapping)
         self.health_every_n_steps = health_every_n_steps
         check_position(fake_quant_after_n_steps, "fake_quant_after_n_steps")
+        if target_module is not None and not isinstance(target_module, str):
+            raise TypeError(f"target_module={target_module!r} must be the name of one submodule.")
         if freeze_at is not None:
             check_position(freeze_at, "freeze_at")
         check_positive(scale_lr, "scale_lr")
@@ -271,8 +275,9 @@ class QATCallback(pl.Callback):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn if the run was stopped before its last rung."""
-        assert self.timeline is not None
-        if shortfall := self.timeline.describe_shortfall(trainer.global_step):
+        if self.timeline is None or self._last_step is None:
+            return
+        if shortfall := self.timeline.describe_shortfall(self._last_step, trainer.global_step):
             rank_zero_warn(shortfall)
 
     @override
@@ -324,4 +329,4 @@ class QATCallback(pl.Callback):
 
 
 def _is_overridden(pl_module: pl.LightningModule, hook: str) -> bool:
-    return getattr(type(pl_module), hook) is not getattr(pl.LightningModule, hook)
+    return hook in vars(pl_module) or getattr(type(pl_module), hook) is not getattr(pl.LightningModule, hook)

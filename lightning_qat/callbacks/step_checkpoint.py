@@ -21,15 +21,23 @@ class StepCheckpoint(pl.Callback):
     def __init__(self, dirpath: str | Path, steps: Iterable[int]) -> None:
         self.dirpath = Path(dirpath)
         self.steps = set(steps)
+        self._last_saved: int | None = None
 
     def path(self, step: int) -> Path:
         """Return where the checkpoint of ``step`` is saved."""
         return self.dirpath / f"step{step}.ckpt"
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Forget an earlier run: files that it left are overwritten."""
+        self._last_saved = None
+
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save if a step of the list was just done."""
-        if trainer.global_step in self.steps and not self.path(trainer.global_step).exists():
-            trainer.save_checkpoint(self.path(trainer.global_step))
+        step = trainer.global_step
+        if step in self.steps and step != self._last_saved:  # not at every batch of an accumulation
+            trainer.save_checkpoint(self.path(step))
+            self._last_saved = step

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
 from lightning_qat.callbacks.errors import QATConfigurationError, as_configuration_error
 from lightning_qat.core import PASS_THROUGH_BITS, Schedule
@@ -41,15 +41,15 @@ class Timeline:
         """Return whether scales are frozen at ``step``."""
         return self.freeze_step is not None and step >= self.freeze_step
 
-    def describe_shortfall(self, steps_done: int) -> str | None:
-        """Return a warning if a run of ``steps_done`` optimizer steps did not reach the last rung."""
+    def describe_shortfall(self, last_step: int, steps_done: int) -> str | None:
+        """Return a warning if a run whose last batch began at ``last_step`` did not reach the last rung."""
         first_step, num_bits = self.rungs[-1]
-        if steps_done > first_step:
+        if last_step >= first_step:
             return None
-        reached = self.num_bits(max(steps_done - 1, 0))
         return (
-            f"Training stopped at optimizer step {steps_done}, on the rung of {reached:g} bits, before the last rung "
-            f"({num_bits:g} bits from step {first_step}). The model is not trained at its scheme."
+            f"Training stopped at optimizer step {steps_done}, on the rung of {self.num_bits(last_step):g} bits, "
+            f"before the last rung ({num_bits:g} bits from step {first_step}). The model is not trained at its scheme. "
+            "Train on from the last checkpoint, or shorten the schedule."
         )
 
     def __str__(self) -> str:
@@ -137,12 +137,15 @@ def _total_steps(trainer: pl.Trainer, is_required: bool) -> int | None:
                 "whole numbers of optimizer steps; Trainer.global_step counts those of every optimizer."
             )
         return trainer.max_steps if trainer.max_steps > 0 else None
-    try:
-        total = trainer.estimated_stepping_batches
-    except MisconfigurationException as error:  # accumulation that changes between epochs
+    if trainer.max_epochs != -1 and any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # type: ignore[attr-defined]
         if is_required:
-            raise QATConfigurationError(f"{error} Or give the schedule in optimizer steps.") from error
+            raise QATConfigurationError(
+                "Fractions of the run, and rungs that share it equally, cannot be turned into optimizer steps beside "
+                "GradientAccumulationScheduler. Set Trainer(max_steps=..., max_epochs=-1), or give schedule, "
+                "fake_quant_after_n_steps and freeze_at as whole numbers of optimizer steps."
+            )
         return None
+    total = trainer.estimated_stepping_batches
     if total > 0 and not math.isinf(total):
         return int(total)
     if is_required:

@@ -20,6 +20,7 @@ from omegaconf import DictConfig
 
 from lightning_qat.callbacks import QATCallback
 from lightning_qat.cli.arms import ArmRunner, TrainedArm, load_trained, load_weights, read_seeds
+from lightning_qat.core import PASS_THROUGH_BITS
 from lightning_qat.nn import quantize_after_training, set_num_bits
 from lightning_qat.nn.bits import BitReport, bit_report
 from lightning_qat.ptq import RTN
@@ -56,7 +57,8 @@ def compare_seed(cfg: DictConfig, seed: int, output_dir: Path, save: Callable[[E
     starts = qat.resolve(max_steps).rungs
     ends = [first for first, _ in starts[1:]] + [max_steps]
     base = runner.train("base", cfg.base)
-    control = runner.train("control", cfg.finetune, init_from=base.last, checkpoint_steps=ends)
+    others = [callback for callback in runner.make_callbacks().values() if not isinstance(callback, QATCallback)]
+    control = runner.train("control", cfg.finetune, init_from=base.last, callbacks=others, checkpoint_steps=ends)
     trained = runner.train(
         "qat", cfg.finetune, init_from=base.last, callbacks=[*callbacks.values()], checkpoint_steps=ends
     )
@@ -64,7 +66,8 @@ def compare_seed(cfg: DictConfig, seed: int, output_dir: Path, save: Callable[[E
     scorer.score_float("float_base", base, base.last, step=0)
     for (_, num_bits), step in zip(starts, ends, strict=True):
         scorer.score_float("float_control", control, control.checkpoints[step], step)
-        scorer.score_rtn(control.checkpoints[step], num_bits, step)
+        if num_bits != PASS_THROUGH_BITS:
+            scorer.score_rtn(control.checkpoints[step], num_bits, step)
         scorer.score_qat(trained, num_bits, step)
 
 

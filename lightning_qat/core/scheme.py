@@ -91,7 +91,7 @@ class QuantScheme:
         if isinstance(self.num_bits, float) and self.num_bits.is_integer():
             fill(self, "num_bits", int(self.num_bits))
         if self.num_bits not in WIDTHS or isinstance(self.num_bits, bool):
-            raise ValueError(f"Invalid quantization scheme: num_bits={self.num_bits!r} is not one of {WIDTHS}.")
+            raise ValueError(f"Invalid quantization scheme: num_bits={self.num_bits!r} is not one of {WIDTHS[:-1]}.")
         if self.granularity is None:
             fill(self, "granularity", "channel" if self.group_size is None else "group")
         if self.zero_offset is None:
@@ -124,6 +124,8 @@ class QuantScheme:
             problems.append(f"group_size={self.group_size!r} must be a positive whole number of input features.")
         if self.pad_last_group and self.group_size is None:
             problems.append("pad_last_group needs a group_size.")
+        if self.zero_offset and self.scale_rule in ("qmax", "signed_max"):
+            problems.append("a grid without a zero has the scale_rule 'cell_range' or 'half_range'.")
         if not self.symmetric and (self.zero_offset, self.scale_rule) != (0.0, "half_range"):
             problems.append("an asymmetric grid has its own zero-point: leave zero_offset and scale_rule out.")
         if self.zero_offset and self.num_bits not in (1, 2):
@@ -227,6 +229,8 @@ class QuantScheme:
 
     def effective_bits(self, out_features: int, in_features: int) -> float:
         """Return bits per weight including scales and zero-points, for a weight ``[out_features, in_features]``."""
+        if self.num_bits == PASS_THROUGH_BITS:
+            return float(PASS_THROUGH_BITS)
         num_scales = 1 if self.granularity == "tensor" else out_features * self.num_groups(in_features)
         bits_per_scale = 8 * self.torch_scale_dtype.itemsize + (0 if self.symmetric else self.num_bits)
         return self.num_bits + num_scales * bits_per_scale / (out_features * in_features)

@@ -29,6 +29,7 @@ class AnnealedGrid(nn.Module):
         super().__init__()
         self.scheme = scheme
         self.rung_scheme = scheme
+        self._asked_for = scheme.num_bits
         self._levels = self._make_levels(device)
 
     @property
@@ -43,6 +44,9 @@ class AnnealedGrid(nn.Module):
 
     def set_num_bits(self, num_bits: float) -> None:
         """Go to a rung: the width becomes ``max(num_bits, the scheme's own)``."""
+        if num_bits == self._asked_for:  # every step asks; on an accelerator a copy would wait for the device
+            return
+        self._asked_for = num_bits
         self.rung_scheme = self.scheme.at(num_bits)
         with torch.no_grad():
             self._levels.copy_(self._make_levels(None))

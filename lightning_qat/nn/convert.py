@@ -92,17 +92,25 @@ def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
 
 def _weight_fake_quant(layer: PlannedLayer, config: FakeQuantizeConfig) -> WeightFakeQuantize:
     present = getattr(layer.module, "weight_fake_quant", None)
-    if isinstance(present, WeightFakeQuantize) and present.config == config:
-        return present
+    if isinstance(present, WeightFakeQuantize):
+        fields = ("scheme", "observer", "estimator", "learn_scales")
+        if all(_is_same(getattr(present.config, field), getattr(config, field)) for field in fields):
+            return present
     out_features, in_features = layer.matrix_shape
     return WeightFakeQuantize(config, out_features, in_features, layer.weight.device)
+
+
+def _is_same(first: object, second: object) -> bool:
+    """Return whether two components do the same; a copy of one without ``__eq__`` does."""
+    return first == second or (type(first) is type(second) and getattr(first, "__dict__", 0) == second.__dict__)
 
 
 def _swap(layer: PlannedLayer, weight_fake_quant: WeightFakeQuantize, estimator: GradientEstimator) -> None:
     module = layer.module
     activation = layer.scheme.activation
     input_fake_quant = getattr(module, "input_fake_quant", None)
-    if getattr(input_fake_quant, "scheme", None) != activation:
+    is_same = isinstance(input_fake_quant, InputFakeQuantize) and _is_same(input_fake_quant.estimator, estimator)
+    if getattr(input_fake_quant, "scheme", None) != activation or (activation and not is_same):
         device = layer.weight.device
         input_fake_quant = activation and InputFakeQuantize(
             activation, estimator, layer.qat_class.sample_dims, device=device
@@ -114,7 +122,11 @@ def _swap(layer: PlannedLayer, weight_fake_quant: WeightFakeQuantize, estimator:
 
 
 def restore_float(root: nn.Module) -> None:
-    """Take all fake quantization out of ``root``, in place: every module has its original class again."""
+    """Take all fake quantization out of ``root``, in place: every module has its original class again.
+
+    What is left are the float weights underneath, not the levels that training rounded them to; see
+    :func:`quantized_weights` for those.
+    """
     for layer in quantized_layers(root).values():
         _restore_layer(layer)
     _set_fast_paths(root)
@@ -189,10 +201,15 @@ def quantize_after_training(root: nn.Module, method: PTQMethod) -> dict[str, Qua
 
     Returns:
         The quantized weights by layer name.
+
+    Raises:
+        ValueError: If a layer is at its pass-through.
     """
     results = {}
     for name, layer in weight_fake_quants(root):
         quantizer = layer.weight_fake_quant
+        if quantizer.pass_through:
+            raise ValueError(f"{name} is at its 16-bit pass-through. Go to a width with set_num_bits first.")
         result = method(layer.to_matrix(layer.weight), quantizer.rung_scheme, quantizer.config.observer)
         layer.weight.copy_(layer.from_matrix(result.dequantize(), layer.weight))
         quantizer.set_num_bits(16)

@@ -136,7 +136,10 @@ class WeightFakeQuantize(AnnealedGrid):
             ValueError: If the weight has NaN or infinite values, or the current rung is the pass-through.
         """
         if self.pass_through:
-            raise ValueError("The weight is not quantized yet: the schedule is at its 16-bit pass-through.")
+            raise ValueError(
+                "The weight is not quantized yet: the schedule is at its 16-bit pass-through. Train on until fake "
+                "quantization starts, or go to a width with lightning_qat.nn.set_num_bits(model, num_bits)."
+            )
         params = self.qparams(weight)
         params = QuantParams(params.scale.clone(), None if params.zero_point is None else params.zero_point.clone())
         return QuantizedWeight(quantize(weight, params, self.rung_scheme), params, self.rung_scheme)
@@ -144,8 +147,8 @@ class WeightFakeQuantize(AnnealedGrid):
     def _move_to(self, device: torch.device) -> None:
         super()._move_to(device)
         if self.scale.is_meta and device.type != "meta":
-            self.scale = torch.ones(self.scale.shape, device=device)
-            self.zero_point = None if self.zero_point is None else torch.zeros(self.scale.shape, device=device)
+            self.scale = torch.ones_like(self.scale, device=device)
+            self.zero_point = None if self.zero_point is None else torch.zeros_like(self.scale, device=device)
             self.is_stale = True
         self.scale = self.scale.to(device)
         self.zero_point = None if self.zero_point is None else self.zero_point.to(device)
@@ -166,7 +169,7 @@ class WeightFakeQuantize(AnnealedGrid):
             if (saved is None) != (present is None) or (saved is not None and saved.shape != self.scale.shape):
                 raise ValueError(f"The saved {name} does not fit: the weight had another shape or scheme.")
             if present is not None:
-                present.copy_(saved)
+                setattr(self, name, saved.clone() if present.is_meta else present.copy_(saved))
         super().set_extra_state(state)
         self.frozen, self.is_stale = state["frozen"], state["is_stale"]
 

@@ -28,7 +28,7 @@ class PlannedLayer:
 
     def __post_init__(self) -> None:
         """Leave activations out where the input is an index."""
-        if self.qat_class.float_class is nn.Embedding:
+        if issubclass(self.qat_class.float_class, nn.Embedding):
             object.__setattr__(self, "scheme", replace(self.scheme, activation=None))
 
     @property
@@ -102,18 +102,32 @@ def check_mapping(mapping: Mapping[type[nn.Module], type[QATLayer]] | None) -> d
 
     Raises:
         TypeError: If it does not map layer classes to subclasses of both QATLayer and the layer, whose
-            ``float_class`` is the layer.
+            ``float_class`` is the layer and whose ``forward`` computes what the layer's does.
     """
     for layer, qat_class in (mapping or {}).items():
         is_qat = isinstance(qat_class, type) and issubclass(qat_class, QATLayer)
-        if not isinstance(layer, type) or not is_qat or qat_class.__dict__.get("float_class") is not layer:
+        if not isinstance(layer, type) or not is_qat or vars(qat_class).get("float_class") is not layer:
             raise TypeError(
                 f"mapping: {layer!r} cannot become {qat_class!r}. Map a layer class to a class made for it: class "
                 "QATMyLinear(QATLinear, MyLinear): float_class = MyLinear; mapping={MyLinear: QATMyLinear}."
             )
         if not issubclass(qat_class, layer):
             raise TypeError(f"mapping: {qat_class.__name__} must be a subclass of {layer.__name__}, which it replaces.")
+        if not _forward_fits(layer, qat_class):
+            raise TypeError(
+                f"mapping: {layer.__name__} has a forward of its own, which {qat_class.__name__} does not follow. Give "
+                f"{qat_class.__name__} a forward that does the same with self.fake_quantized_weight() in place of "
+                "self.weight, and self._input(x) in place of x."
+            )
     return dict(mapping or {})
+
+
+def _forward_fits(layer: type[nn.Module], qat_class: type[QATLayer]) -> bool:
+    """Return whether the forward of ``qat_class`` was written for ``layer``, or for a base whose forward that has."""
+    owner = next(base for base in qat_class.__mro__ if "forward" in vars(base))
+    if issubclass(owner, layer):
+        return owner is not layer
+    return any(layer.forward is base.forward for base in layer.__mro__ if base in QAT_CLASSES)
 
 
 def float_type(module: nn.Module) -> type[nn.Module]:

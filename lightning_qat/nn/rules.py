@@ -85,6 +85,8 @@ def _parse_pattern(pattern: Any) -> str:
         return pattern.__name__
     if not isinstance(pattern, str):
         raise TypeError(f"Expected a pattern for module names, such as '*.mlp', or a module class, got {pattern!r}.")
+    if not pattern:
+        raise ValueError("A pattern for module names is empty. Leave it out, or use '*' for all modules.")
     return pattern
 
 

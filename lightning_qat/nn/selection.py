@@ -59,6 +59,7 @@ class _Selection:
         self.root, self.rules, self.ignore, self.mapping = root, rules, ignore, mapping
         self.reached: set[Rule] = set()
         self.decisive: set[Rule] = set()
+        self.optional: set[nn.Module] = set()  # in float only because no rule asks for them
         self.names: dict[nn.Module, list[str]] = defaultdict(list)
         for name, module in root.named_modules(remove_duplicate=False):
             self.names[module].append(name)
@@ -88,7 +89,7 @@ class _Selection:
                 skipped[names[0]] = chosen
         self._add_ties(layers, skipped)
         if not layers:
-            raise ValueError(f"There is no layer to quantize. {_list_reasons(skipped)}")
+            raise ValueError(f"There is no layer to quantize. {_list_reasons(skipped)}. Change scheme or ignore.")
         self._check_rules_reach_something(skipped)
         _check_group_sizes(layers.values())
         ordered = [layers[module] for module in self.names if module in layers]
@@ -99,7 +100,10 @@ class _Selection:
             if rule not in self.reached:
                 matched = [(name, reason) for name, reason in skipped.items() if rule.matches(self._parts(name))]
                 reasons = "; ".join(f"{name}: {reason}" for name, reason in matched[:3]) or "it holds no matrix"
-                raise ValueError(f"The rule target {rule.target!r} matches no layer that can be quantized ({reasons}).")
+                raise ValueError(
+                    f"The rule target {rule.target!r} matches no layer that can be quantized ({reasons}). "
+                    "Remove the rule, or let its target match such a layer."
+                )
 
     def _parts(self, name: str) -> list[tuple[str, type[nn.Module]]]:
         """Return name and float type of a module and of all that contain it, except the root."""
@@ -119,11 +123,13 @@ class _Selection:
             return reason
         parts = [part for name in names for part in self._parts(name)] or [("", layer_type)]
         candidates = [rule for rule in self.rules if rule.matches(parts)]
-        for labels, text in self._reservations(module, names):
+        for target, labels, text in self._reservations(module, names):
             candidates = [rule for rule in candidates if rule.asks_for(labels)]
             if not candidates:
-                return f"{text} (a rule with target '{labels[0]}' quantizes it)"
+                self.optional.add(module)
+                return f"{text} (a rule with target '{target}' quantizes it)"
         if not candidates:
+            self.optional.add(module)
             return "no rule matches"
         self.reached.update(candidates)
         self.decisive.add(candidates[-1])
@@ -157,28 +163,28 @@ class _Selection:
             return "an embedding with max_norm or sparse gradients has no quantized form"
         return None
 
-    def _reservations(self, module: nn.Module, names: list[str]) -> Iterable[tuple[list[str], str]]:
-        """Yield why the module is quantized only if a rule names it, and by which words."""
+    def _reservations(self, module: nn.Module, names: list[str]) -> Iterable[tuple[str, list[str], str]]:
+        """Yield what a rule must name for the module to be quantized, which words do, and why."""
         for name in names:
             # What was quantized while it trained stays so when it is frozen afterwards.
             for part in self.frozen_parts.intersection(_prefixes(name)):
                 if not isinstance(module, QATLayer):
-                    yield [part.rpartition(".")[2]], "its part of the model does not train"
+                    yield part, [part.rpartition(".")[2]], "its part of the model does not train"
         label = names[0].rpartition(".")[2]
-        if float_type(module) is nn.Embedding:
-            yield [label, "Embedding"], "embeddings stay in float"
+        if issubclass(float_type(module), nn.Embedding):
+            yield names[0], [label, "Embedding"], "embeddings stay in float"
         elif module in self.heads:
-            yield [label], "the output head stays in float"
+            yield names[0], [label], "the output head stays in float"
 
     def _add_ties(self, layers: dict[nn.Module, PlannedLayer], skipped: dict[str, str]) -> None:
         for planned in list(layers.values()):
             for owner in self.owners[planned.weight]:
                 name, qat_class = self.names[owner][0], find_qat_class(float_type(owner), self.mapping)
                 same_layout = qat_class is not None and qat_class.to_matrix is planned.qat_class.to_matrix
-                if skipped.get(name) == "ignored" or not same_layout or qat_class is None:
+                if not (owner in layers or owner in self.optional) or not same_layout or qat_class is None:
                     raise ValueError(
                         f"'{planned.name}' shares its weight with '{name}' ({float_type(owner).__name__}), which "
-                        "stays in float. Let both be quantized, or add both to ignore."
+                        f"stays in float ({skipped.get(name)}). Let both be quantized, or add both to ignore."
                     )
                 partner = layers.setdefault(owner, replace(planned, name=name, module=owner, qat_class=qat_class))
                 skipped.pop(name, None)
@@ -215,6 +221,6 @@ def _check_group_sizes(layers: Iterable[PlannedLayer]) -> None:
 
 def _list_reasons(skipped: Mapping[str, str]) -> str:
     if not skipped:
-        return "The model has no Linear or convolution layer."
+        return "The model has no Linear or convolution layer"
     counts = Counter(skipped.values())
     return "Left in float: " + "; ".join(f"{count} x {reason}" for reason, count in counts.items())

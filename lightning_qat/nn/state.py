@@ -13,9 +13,8 @@ from torch import nn
 from lightning_qat.core import GradientEstimator, Observer
 from lightning_qat.core.registry import build, describe
 from lightning_qat.estimators import ESTIMATORS
+from lightning_qat.nn.annealed_grid import AnnealedGrid
 from lightning_qat.nn.convert import apply_plan, quantized_layers
-from lightning_qat.nn.fake_quantize import WeightFakeQuantize
-from lightning_qat.nn.input_fake_quantize import InputFakeQuantize
 from lightning_qat.nn.layers import QATLayer
 from lightning_qat.nn.plan import plan_exactly
 from lightning_qat.observers import OBSERVERS
@@ -28,9 +27,12 @@ _VERSION = 1
 
 def quantizer_prefixes(root: nn.Module) -> tuple[str, ...]:
     """Return the state-dict prefixes of all quantizers in ``root``."""
-    kinds = (WeightFakeQuantize, InputFakeQuantize)
+    return tuple(f"{name}." for name in _named_quantizers(root))
+
+
+def _named_quantizers(root: nn.Module) -> dict[str, AnnealedGrid]:
     named = root.named_modules(remove_duplicate=False)
-    return tuple(f"{name}." for name, module in named if isinstance(module, kinds))
+    return {name: module for name, module in named if isinstance(module, AnnealedGrid)}
 
 
 def quantizer_state(root: nn.Module, parameters: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -43,8 +45,9 @@ def quantizer_state(root: nn.Module, parameters: Mapping[str, Any] | None = None
     """
     layers = quantized_layers(root)
     config = next(iter(layers.values())).weight_fake_quant.config
-    prefixes = quantizer_prefixes(root)
-    own = {key: value for key, value in root.state_dict().items() if key.startswith(prefixes)}
+    own: dict[str, Any] = {}
+    for name, quantizer in _named_quantizers(root).items():  # not root.state_dict(), which users override
+        quantizer.state_dict(destination=own, prefix=f"{name}.")
     averaged = {key: value for key, value in (parameters or {}).items() if not key.endswith("_extra_state")}
     return {
         "version": _VERSION,
@@ -65,8 +68,9 @@ def load_quantizer_state(root: nn.Module, state: Mapping[str, Any]) -> None:
     """Restore what :func:`quantizer_state` returned into a ``root`` with the same quantized layers.
 
     Raises:
-        ValueError: If the layers, their schemes or their shapes differ.
+        ValueError: If the layers, their schemes or their shapes differ, or a newer version wrote it.
     """
+    _check_version(state)
     present = quantizer_state(root)
     for part in ("layers", "activations", "learn_scales"):
         if present[part] != state[part]:
@@ -77,7 +81,14 @@ def load_quantizer_state(root: nn.Module, state: Mapping[str, Any]) -> None:
     quantizers: dict[str, Any] = state["quantizers"]
     if set(quantizers) != set(present["quantizers"]):
         raise ValueError("The checkpoint does not hold the state of all quantizers; it is damaged or incomplete.")
-    root.load_state_dict(quantizers, strict=False)
+    for name, quantizer in _named_quantizers(root).items():
+        prefix = f"{name}."
+        quantizer.load_state_dict({k.removeprefix(prefix): v for k, v in quantizers.items() if k.startswith(prefix)})
+
+
+def _check_version(state: Mapping[str, Any]) -> None:
+    if state["version"] > _VERSION:
+        raise ValueError("The checkpoint was written by a newer lightning_qat. Upgrade the package to load it.")
 
 
 def _difference(present: Any, saved: Any) -> str:
@@ -114,8 +125,7 @@ def rebuild(
     Raises:
         ValueError: If a layer is missing, or observer or estimator are unknown and not given.
     """
-    if state["version"] > _VERSION:
-        raise ValueError("The checkpoint was written by a newer lightning_qat. Upgrade the package to load it.")
+    _check_version(state)
     schemes = {name: {**scheme, "activation": None} for name, scheme in state["layers"].items()}
     for name, activation in state["activations"].items():
         schemes[name]["activation"] = activation

@@ -49,13 +49,12 @@ class MSEObserver:
     ) -> QuantParams:
         """Return the best grid for each group of ``weight`` ``[O, I]``, errors weighted by ``importance`` ``[I]``."""
         weight = weight.float()
-        # Where the last group is padded, the padding gets no weight: on a grid without a zero it has an error.
-        relevance = torch.ones_like(weight) if importance is None else importance.float().expand_as(weight)
-        relevance = group_view(relevance, scheme)
+        relevance = None if importance is None else group_view(importance.float().expand_as(weight), scheme)
         best, least = None, torch.tensor(torch.inf)
         for params in self._candidates(weight, scheme, levels):
-            error = group_view(fake_quantize(weight, params, scheme, levels) - weight, scheme)
-            error = (error.square() * relevance).sum(-1)
+            # Grouped after the error was taken: padding, which a grid without a zero cannot represent, has none.
+            error = group_view(fake_quantize(weight, params, scheme, levels) - weight, scheme).square()
+            error = (error if relevance is None else error * relevance).sum(-1)
             best = params if best is None else _choose(error < least, params, best)
             least = torch.minimum(error, least.to(error.device))
         assert best is not None

@@ -44,17 +44,23 @@ class Staircase(OpenLoop):
         object.__setattr__(self, "widths", tuple(widths))
         for num_bits in self.widths:
             check_width(num_bits)
-        if not self.widths or any(a <= b for a, b in zip(self.widths, self.widths[1:], strict=False)):
+        if not self.widths:
+            raise ValueError("The schedule is empty. Give widths, such as [8, 4, 3], or leave it out.")
+        if any(a <= b for a, b in zip(self.widths, self.widths[1:], strict=False)):
             raise ValueError(f"The widths of a staircase must go down from rung to rung, got {list(self.widths)}.")
         if is_mapping:
             self._check_positions()
 
     def _check_positions(self) -> None:
         if self.positions[0] != 0:
-            raise ValueError(f"The first rung must begin at 0, not at {self.positions[0]}.")
+            raise ValueError(
+                f"The first rung must begin at 0, not at {self.positions[0]}. To start later, use "
+                "fake_quant_after_n_steps."
+            )
         if len({type(position) for position in self.positions[1:]}) > 1:
             raise ValueError(
-                f"The positions {list(self.positions)} mix optimizer steps (whole numbers) with fractions of the run."
+                f"The positions {list(self.positions)} mix optimizer steps (whole numbers) with fractions of the run. "
+                "Use one kind."
             )
 
     @property
@@ -80,7 +86,7 @@ class Staircase(OpenLoop):
                 f"The last rung ({self.final_bits:g} bits) begins at step {steps[-1]}, but the run has only "
                 f"{total_steps} optimizer steps. Train longer, or let it begin earlier (or at a fraction of the run)."
             )
-        if len(self.positions) > 1 and start > 0 and steps[1] <= start:
+        if len(self.positions) > 1 and start > 0 and steps[1] < start:
             raise ValueError(
                 f"The rung of {self.widths[1]:g} bits begins at step {steps[1]}, but fake quantization starts "
                 f"only after step {start}. Start earlier or move the rungs."

@@ -42,7 +42,7 @@ def draw_quality_vs_bits(rows: Sequence[Row], title: str, path: str | Path) -> P
     _draw_control(axes, rows, positions)
     _annotate_increase(axes, quantized, positions)
     _label_widths(axes, quantized, positions)
-    _label_metric(axes, quantized)
+    _label_metric(axes, rows)
     axes.set_title(title, loc="left", fontsize=13, fontweight="bold")
     axes.legend(frameon=False)
     axes.grid(axis="y", which="both", color="#dddddd", linewidth=0.6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
@@ -43,7 +44,9 @@ class Row:
 
     @property
     def std(self) -> float:
-        """Standard deviation over seeds, 0 with one."""
+        """Standard deviation over seeds, 0 with one, NaN if a value is not finite."""
+        if not all(map(math.isfinite, self.values)):
+            return math.nan
         return statistics.stdev(self.values) if len(self.values) > 1 else 0.0
 
 
@@ -73,7 +76,7 @@ def _make_row(
     method, num_bits, step = key
     controls = _find(groups, CONTROL, step)
     increase = None
-    if controls and method not in (BASE, CONTROL):
+    if controls and method not in (BASE, CONTROL) and all(record.value for record in controls):
         increase = statistics.fmean(r.value / c.value - 1 for r, c in zip(members, controls, strict=True))
     return Row(
         method=method,

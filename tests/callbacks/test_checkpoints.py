@@ -218,6 +218,66 @@ def test_load_qat_tells_that_a_model_is_not_built_yet(tmp_path):
         load_qat(unbuilt, tmp_path / "last.ckpt")
 
 
+def test_step_checkpoints_of_an_earlier_run_are_overwritten(tmp_path):
+    saver = StepCheckpoint(tmp_path, [3])
+    for seed in (0, 1):
+        task = TinyTask(seed=seed)
+        fit(task, saver, max_steps=3)
+        saved = torch.load(saver.path(3), weights_only=True)["state_dict"]
+        assert torch.equal(saved["net.0.weight"], task.net[0].weight)
+
+
+def test_learned_scales_survive_a_state_dict_that_leaves_things_out(tmp_path):
+    class Filtered(TinyTask):
+        def __init__(self, seed=0):
+            super().__init__(seed)
+            self.strict_loading = False
+
+        def state_dict(self, *args, **kwargs):
+            return {k: v for k, v in super().state_dict(*args, **kwargs).items() if k.endswith(("weight", "bias"))}
+
+    task = Filtered()
+    fit(task, QATCallback("w4", scale_lr=1e-1), max_steps=5).save_checkpoint(tmp_path / "last.ckpt")
+    ratio = task.net[0].weight_fake_quant.log_scale_ratio
+    assert ratio.abs().min() > 0
+    assert torch.equal(load_qat(Filtered(1), tmp_path / "last.ckpt").net[0].weight_fake_quant.log_scale_ratio, ratio)
+
+
+def test_load_qat_reads_files_that_keep_the_quantizers_in_the_state_dict(tmp_path):
+    task = TinyTask()
+    trainer = fit(task, QATCallback("w4", scale_lr=1e-1), max_steps=3)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    content["state_dict"] |= content["lightning_qat"]["quantizers"]  # as sharded strategies do
+    assert_same(state_of(load_qat(TinyTask(seed=9), content)), state_of(task))
+
+
+def test_a_float_state_dict_gives_observed_layers_a_new_grid():
+    task, other = TinyTask(), TinyTask(seed=5)
+    with torch.no_grad():
+        other.net[0].weight *= 3
+    fit(task, QATCallback("w4", observer="mse"), max_steps=2)
+    before = task.net[0].weight_fake_quant.scale.clone()
+    task.load_state_dict(other.state_dict())
+    QATCallback("w4", observer="mse").prepare(other)
+    assert torch.equal(task.net[0].fake_quantized_weight(), other.net[0].fake_quantized_weight())
+    assert not torch.equal(task.net[0].weight_fake_quant.scale, before)
+
+
+def test_load_qat_respects_strict_loading(tmp_path):
+    class Partial(TinyTask):
+        def __init__(self, seed=0):
+            super().__init__(seed)
+            self.strict_loading = False
+
+        def state_dict(self, *args, **kwargs):
+            return {key: value for key, value in super().state_dict(*args, **kwargs).items() if "net.0.bias" not in key}
+
+    task = Partial()
+    fit(task, QATCallback("w4g16"), max_steps=3).save_checkpoint(tmp_path / "last.ckpt")
+    assert torch.equal(load_qat(Partial(seed=9), tmp_path / "last.ckpt").net[2].weight, task.net[2].weight)
+
+
 def test_load_qat_of_a_file_with_other_objects(tmp_path):
     trainer = fit(TinyTask(), QATCallback("w4g16"), max_steps=3)
     trainer.save_checkpoint(tmp_path / "last.ckpt")

@@ -40,6 +40,7 @@ from tests.helpers import TinyTask, fit, loader, make_trainer
         ({"scheme": "w4a1"}, "activations have 2 bits or more"),
         ({"scheme": {"num_bits": 4, "activation": {"num_bits": 16}}}, "activations of 16 bits are not quantized"),
         ({"scheme": "w4g32-bf16-fp16"}, "flags bf16 and fp16 of .* contradict"),
+        ({"scheme": "w4", "ignore": [""]}, "pattern for module names is empty"),
         ({"scheme": "w4-actsym"}, "actsym .* is for activations"),
     ],
 )
@@ -50,6 +51,15 @@ def test_bad_arguments_are_refused_at_once(arguments, message):
 
 class OtherLinear(nn.Linear):
     pass
+
+
+class OwnForward(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class QATOwnForward(QATLinear, OwnForward):
+    float_class = OwnForward
 
 
 @pytest.mark.parametrize(
@@ -67,6 +77,8 @@ class OtherLinear(nn.Linear):
         ({"scheme": "w4", "scale_lr": "1e-3"}, "scale_lr='1e-3' must be a number"),
         ({"scheme": "w4", "scale_lr": True}, "scale_lr=True must be a number"),
         ({"scheme": "w4", "health_every_n_steps": 2.5}, "must be a whole number"),
+        ({"scheme": "w4", "target_module": ["net"]}, "must be the name of one submodule"),
+        ({"scheme": "w4", "mapping": {OwnForward: QATOwnForward}}, "OwnForward has a forward of its own.*self._input"),
         ({"scheme": "w4", "ignore": [3]}, "Expected a pattern for module names"),
         ({"scheme": [{"target": 3, "scheme": "w4"}]}, "Expected a pattern for module names"),
         ({"scheme": {"target": "Linear", "bits": 4}}, "keys 'target' and 'scheme'"),
@@ -199,6 +211,29 @@ def test_fractions_under_manual_optimization_are_refused_and_steps_work():
     task = Manual()
     fit(task, QATCallback("w2", schedule={0: 8, 2: 2}, freeze_at=3, scale_lr=1e-3), max_steps=6)
     assert task.net[0].weight_fake_quant.frozen
+
+
+@pytest.mark.parametrize("options", [{"schedule": [8, 2]}, {"freeze_at": 0.5}])
+def test_fractions_beside_an_accumulation_schedule_are_refused(options):
+    accumulation = pl_callbacks.GradientAccumulationScheduler({0: 1, 1: 4})
+    refused("beside GradientAccumulationScheduler", QATCallback("w2", **options), accumulation, max_epochs=3)
+    task = TinyTask()
+    fit(task, QATCallback("w2", schedule={0: 8, 3: 2}), accumulation, max_epochs=2, num_batches=4)
+    assert task.net[0].weight_fake_quant.num_bits == 2
+
+
+def test_a_callback_that_freezes_layers_must_come_after():
+    class Freeze(pl_callbacks.BaseFinetuning):
+        def freeze_before_training(self, pl_module):
+            self.freeze(pl_module.net[0])
+
+        def finetune_function(self, pl_module, epoch, optimizer):
+            pass
+
+    refused("freeze layers before the quantizers are in.*List QATCallback first", Freeze(), QATCallback("w4"))
+    task = TinyTask()
+    fit(task, QATCallback("w4"), Freeze(), max_steps=2)
+    assert isinstance(task.net[0], QATLinear)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

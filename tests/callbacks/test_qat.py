@@ -2,6 +2,8 @@
 
 import copy
 import csv
+import functools
+import pickle
 
 import lightning.pytorch as pl
 import pytest
@@ -10,9 +12,12 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from lightning_qat import QATCallback, restore_float
+from lightning_qat import QATCallback, prepare, restore_float
 from lightning_qat.callbacks.errors import QATConfigurationError
+from lightning_qat.callbacks.health import HealthMonitor
+from lightning_qat.callbacks.step_checkpoint import StepCheckpoint
 from lightning_qat.nn import QATLinear, quantized_layers
+from lightning_qat.observers import MinMaxObserver
 from lightning_qat.schedules import Staircase
 from tests.helpers import StopAt, TinyTask, batch_at, fit, loader, make_trainer
 
@@ -343,6 +348,126 @@ def test_rules_without_effect_are_in_the_summary(capsys):
 def test_a_run_that_stops_before_its_last_rung_warns():
     with pytest.warns(UserWarning, match="on the rung of 8 bits, before the last rung"):
         fit(TinyTask(), QATCallback("w2", schedule=[8, 2]), StopAt(5), max_steps=20)
+
+
+def test_steps_that_jump_over_the_last_rung_warn():
+    """Two optimizer steps per batch: the rung that begins at the second of them is never trained on."""
+
+    class TwoSteps(TinyTask):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            self.manual_backward(super().training_step(batch, batch_idx))
+            self.optimizers().step()
+            self.optimizers().step()
+
+    with pytest.warns(UserWarning, match=r"stopped at optimizer step 8, on the rung of 8 bits.*Train on from"):
+        fit(TwoSteps(), QATCallback("w2", schedule={0: 8, 7: 2}), max_steps=8)
+
+
+@pytest.mark.parametrize(("steps", "warns"), [(5, True), (6, False)])
+def test_the_last_rung_is_reached_by_its_first_step(steps, warns, recwarn):
+    fit(TinyTask(), QATCallback("w2", schedule={0: 8, 5: 2}), StopAt(steps), max_steps=20)
+    assert any("before the last rung" in str(w.message) for w in recwarn) == warns
+
+
+def test_scales_may_freeze_with_the_first_step_of_the_last_rung():
+    watch = Watch()
+    fit(TinyTask(), QATCallback("w2", schedule={0: 8, 5: 2}, freeze_at=5), watch, max_steps=8)
+    assert watch.frozen == [False] * 5 + [True] * 3
+
+
+def test_the_sanity_check_is_done_on_the_first_rung():
+    class Task(TinyTask):
+        def validation_step(self, batch, batch_idx):
+            bits.append(self.net[0].weight_fake_quant.num_bits)
+
+    bits = []
+    fit(Task(), QATCallback("w2", schedule=[8, 2]), max_steps=4, num_sanity_val_steps=2, limit_val_batches=2)
+    assert bits[:2] == [8, 8]
+
+
+class Copied(TinyTask):
+    """Is copied where others do it: weight averaging in setup, users when they save."""
+
+    def setup(self, stage):
+        copy.deepcopy(self)
+
+    def configure_optimizers(self):
+        pickle.dumps(self)
+        return super().configure_optimizers()
+
+    def on_save_checkpoint(self, checkpoint):
+        pickle.dumps(self)
+
+
+def test_the_module_can_be_copied_and_pickled_in_its_hooks(tmp_path):
+    task = Copied()
+    fit(task, QATCallback("w4", scale_lr=1e-3), StepCheckpoint(tmp_path, [2]), max_steps=2)
+    assert not any(hook in vars(task) for hook in ("setup", "configure_optimizers", "on_save_checkpoint"))
+
+
+@pytest.mark.parametrize("scale_lr", [None, 1e-3])
+def test_hooks_that_others_put_into_the_instance_stay(scale_lr):
+    """As LightningCLI does with configure_optimizers."""
+    task = TinyTask()
+    hook = functools.partial(lambda module: torch.optim.SGD(module.parameters(), 0.1), task)
+    functools.update_wrapper(hook, TinyTask.configure_optimizers)
+    task.configure_optimizers = hook
+    make_trainer(QATCallback("w4", scale_lr=scale_lr)).validate(task, loader(2), verbose=False)
+    for _ in range(2):
+        trainer = fit(task, QATCallback("w4", scale_lr=scale_lr), max_steps=2)
+        assert isinstance(trainer.optimizers[0], torch.optim.SGD)
+    assert task.configure_optimizers is hook
+
+
+def test_clipped_fraction_is_the_share_beyond_half_a_step_after_the_last_level():
+    model = nn.Sequential(nn.Linear(8, 1, bias=False))
+    prepare(model, "w4")
+    quantizer = model[0].weight_fake_quant
+    quantizer.freeze(model[0].weight)
+    quantizer.scale.fill_(1.0)
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[7.0, 7.4, 7.6, 8.9, -8.0, -8.4, -8.6, 0.0]]))
+    assert HealthMonitor().measure(model)["clipped_fraction"] == 3 / 8
+
+
+def test_scale_drift_goes_on_after_a_resume(tmp_path):
+    logged = []
+    for folder, stop in (("whole", None), ("first", 6), ("second", None)):
+        logger = CSVLogger(tmp_path, folder)
+        callbacks = [QATCallback("w4"), *([StepCheckpoint(tmp_path, [6]), StopAt(6)] if stop else [])]
+        path = tmp_path / "step6.ckpt" if folder == "second" else None
+        fit(TinyTask(), *callbacks, max_steps=12, logger=logger, log_every_n_steps=3, ckpt_path=path)
+        with open(logger.experiment.metrics_file_path) as file:
+            logged.append({row["step"]: row["qat/scale_drift"] for row in csv.DictReader(file)})
+    assert logged[2] == {step: drift for step, drift in logged[0].items() if int(step) >= 6}
+
+
+def test_a_second_fit_after_a_frozen_one_finds_new_scales():
+    task = TinyTask()
+    fit(task, QATCallback("w4", observer="mse", freeze_at=2), max_steps=4)
+    frozen = task.net[0].weight_fake_quant.scale.clone()
+    with torch.no_grad():
+        task.net[0].weight *= 3
+    fit(task, QATCallback("w4", observer="mse"), max_steps=1)
+    assert (task.net[0].weight_fake_quant.scale > 1.5 * frozen).all()
+
+
+def test_a_copy_of_the_model_keeps_its_grid_for_observers_without_equality():
+    class Observer(MinMaxObserver):
+        __eq__ = object.__eq__
+        __hash__ = object.__hash__
+
+    task = TinyTask()
+    fit(task, QATCallback("w2", observer=Observer(), freeze_at=3), max_steps=6)
+    twin = copy.deepcopy(task)
+    fresh = QATCallback("w2", observer=Observer())
+    fresh.prepare(twin)
+    assert torch.equal(twin.net[0].weight_fake_quant.scale, task.net[0].weight_fake_quant.scale)
+    assert twin.net[0].weight_fake_quant.frozen
 
 
 def test_layers_whose_forward_is_bypassed_are_reported():

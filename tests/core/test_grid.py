@@ -49,7 +49,8 @@ def check_contract(weight, scheme, params):
     unclipped = (position >= levels.qmin - 0.5) & (position <= levels.qmax + 0.5)
     error = group_view(restored - weight.float(), scheme).abs()
     half_step = 0.5 * params.scale.abs().unsqueeze(-1)
-    rounding = 4 * torch.finfo(torch.float32).eps * group_view(weight.float(), scheme).abs()  # of w / s and of q * s
+    largest = torch.maximum(group_view(weight.float(), scheme).abs(), group_view(restored, scheme).abs())
+    rounding = 4 * torch.finfo(torch.float32).eps * largest  # of w / s, of q * s and of their difference
     assert ((error <= half_step + rounding) | ~unclipped).all()
 
     if levels.zero_offset == 0:

@@ -61,6 +61,8 @@ def test_shorthand_and_dict_round_trip(bits, group, activation, flags):
         ("w4g", "Cannot read the scheme"),
         ("w4-asymm", "flags: tensor, asym"),
         ("w4-nozero", "for 1 and 2 bits"),
+        ("w2-nozero-signed_max", "has the scale_rule 'cell_range' or 'half_range'"),
+        ("w1-qmax", "has the scale_rule 'cell_range' or 'half_range'"),
         ("w2-nozero-asym", "leave zero_offset and scale_rule out"),
         ({"num_bits": 4, "granularity": "group"}, "contradict each other"),
         ({"num_bits": 4, "granularity": "channel", "group_size": 32}, "contradict each other"),
@@ -123,4 +125,5 @@ def test_group_that_does_not_divide_is_refused_with_sizes_that_fit():
     ],
 )
 def test_effective_bits_count_scales_and_zero_points(text, bits):
+    assert QuantScheme.parse(text).at(16).effective_bits(8, 256) == 16
     assert QuantScheme.parse(text).effective_bits(8, 256) == pytest.approx(bits)

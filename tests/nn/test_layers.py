@@ -9,8 +9,10 @@ from torch import nn
 
 from lightning_qat import prepare, quantized_weights, restore_float
 from lightning_qat.core import QuantScheme, dequantize, fake_quantize, quantize
-from lightning_qat.nn import quantized_layers, set_num_bits
+from lightning_qat.estimators import ClippedSTE
+from lightning_qat.nn import quantize_after_training, quantized_layers, set_num_bits
 from lightning_qat.observers import MinMaxObserver, MSEObserver
+from lightning_qat.ptq import RTN
 
 LAYERS = {
     "linear": (lambda: nn.Linear(32, 12), (4, 5, 32)),
@@ -196,6 +198,59 @@ def test_observer_and_estimator_may_be_named():
     model = nn.Sequential(nn.Linear(32, 8))
     prepare(model, "w4", observer={"name": "mse", "num_steps": 7}, estimator="ste")
     assert model[0].weight_fake_quant.config.observer == MSEObserver(num_steps=7)
+
+
+def test_padding_rows_of_an_embedding_get_no_gradient():
+    model, _ = make("embedding")
+    prepare(model, rules("embedding", "w4"))
+    model(torch.tensor([[3, 4, 3]])).sum().backward()
+    assert (model[0].weight.grad[3] == 0).all()
+    assert torch.allclose(model[0].weight.grad[4], torch.ones(32))
+
+
+def test_codes_do_not_change_with_the_model():
+    model = nn.Sequential(nn.Linear(8, 8))
+    prepare(model, "w4-asym", observer="mse")
+    result = quantized_weights(model)["0"]
+    expected = result.dequantize()
+    with torch.no_grad():
+        model[0].weight *= 2
+    model[0].weight_fake_quant.observe(model[0].weight)
+    assert torch.equal(result.dequantize(), expected)
+
+
+def test_freezing_a_stale_grid_finds_it_first():
+    model = nn.Sequential(nn.Linear(8, 8))
+    prepare(model, "w4", observer="mse")
+    model[0].weight_fake_quant.freeze(model[0].weight)
+    assert torch.equal(model[0].weight_fake_quant.scale, MSEObserver()(model[0].weight, QuantScheme(4)).scale[:, 0])
+
+
+def test_another_estimator_replaces_that_of_the_inputs():
+    model = nn.Sequential(nn.Linear(8, 8))
+    prepare(model, "w4a8")
+    prepare(model, "w4a8", estimator=ClippedSTE(margin=0.0))
+    assert model[0].input_fake_quant.estimator == ClippedSTE(margin=0.0)
+
+
+def test_a_pass_through_is_not_rounded_after_training():
+    model = nn.Sequential(nn.Linear(8, 8))
+    prepare(model, "w4")
+    set_num_bits(model, 16)
+    with pytest.raises(ValueError, match="0 is at its 16-bit pass-through"):
+        quantize_after_training(model, RTN())
+
+
+def test_meta_grids_take_what_is_loaded():
+    model = nn.Sequential(nn.Linear(8, 8))
+    prepare(model, "w4-asym", observer="mse")
+    expected, state = quantized_weights(model)["0"], model.state_dict()
+    with torch.device("meta"):
+        other = nn.Sequential(nn.Linear(8, 8))
+    prepare(other, "w4-asym", observer="mse")
+    other.load_state_dict(state, assign=True)
+    assert torch.equal(other[0].weight_fake_quant.scale, model[0].weight_fake_quant.scale)
+    assert torch.equal(other[0].weight_fake_quant.zero_point, expected.params.zero_point[:, 0])
 
 
 def test_descriptions_are_one_line():

@@ -370,3 +370,33 @@ def test_hugging_face_models_from_config():
         )
     )
     assert len(schemes(bert, "w8a8", ignore=["pooler"])[0]) == 6
+
+
+# ---------------------------------------------------------------------------------------------- ties that stay in float
+
+
+class TiedModel(nn.Module):
+    def __init__(self, **embedding):
+        super().__init__()
+        self.embed = nn.Embedding(10, 8, **embedding)
+        self.lm_head = nn.Linear(8, 10, bias=False)
+        self.lm_head.weight = self.embed.weight
+
+
+@pytest.mark.parametrize(
+    ("model", "rules", "options", "message"),
+    [
+        (TiedModel(), [{"target": "embed", "scheme": None}], {}, "'embed' .Embedding., which stays in float .float by"),
+        (TiedModel(max_norm=1.0), [], {}, "stays in float .an embedding with max_norm"),
+        (TiedModel(), [], {"target_module": "lm_head"}, "stays in float .outside target_module"),
+        (TiedModel(), [], {"ignore": "embed"}, "stays in float .ignored"),
+    ],
+)
+def test_a_tie_does_not_undo_the_choice_of_float(model, rules, options, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(model, [{"target": "lm_head", "scheme": "w8"}, *rules], **options)
+
+
+def test_a_tie_brings_its_partner():
+    plan = prepare(TiedModel(), [{"target": "lm_head", "scheme": "w8"}])
+    assert [layer.name for layer in plan.layers] == ["embed", "lm_head"]

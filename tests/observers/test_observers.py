@@ -54,6 +54,12 @@ def test_mse_is_never_worse_than_minmax(text):
     assert (best <= squared_error(weight, scheme, MinMaxObserver()(weight, scheme))).all()
 
 
+def test_the_minmax_range_is_among_the_candidates():
+    scheme, weight = QuantScheme.parse("w8"), make_weight()
+    narrow = MSEObserver(num_steps=2, min_ratio=0.2, max_ratio=0.3)
+    assert torch.equal(narrow(weight, scheme).scale, MinMaxObserver()(weight, scheme).scale)
+
+
 @pytest.mark.parametrize("text", ["w4", "w3", "w2", "w2-nozero", "w1.58"])
 def test_mse_comes_within_two_percent_of_the_brute_force_optimum(text):
     """An exhaustive float64 search over 20,000 scales, written without the grid."""

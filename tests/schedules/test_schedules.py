@@ -69,7 +69,7 @@ def test_fractions_are_taken_as_written():
 @pytest.mark.parametrize(
     ("bits", "message"),
     [
-        ([], "must go down"),
+        ([], "schedule is empty"),
         ([4, 8], "must go down"),
         ([4, 4], "must go down"),
         ({0.1: 8, 0.5: 4}, "must begin at 0"),
@@ -91,6 +91,10 @@ def test_a_rung_beyond_the_end_is_refused():
 def test_a_start_after_a_rung_is_refused():
     with pytest.raises(ValueError, match="rung of 4 bits begins at step 10, but fake quantization starts only after"):
         Staircase({0: 8, 10: 4, 20: 3}).rungs(15, 40)
+
+
+def test_a_start_on_a_rung_skips_the_one_before():
+    assert Staircase({0.0: 8, 0.35: 4}).rungs(1, 5) == [(1, 4)]
 
 
 def test_shares_of_an_endless_run_are_refused():

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 
 import pytest
@@ -53,6 +54,40 @@ def test_seeds_are_averaged():
     assert rows["qat", 2].mean == pytest.approx(4.5 * 1.01)
     assert rows["qat", 2].std == pytest.approx(0.045)
     assert rows["qat", 2].increase == pytest.approx(4.5 / 3.8 - 1)
+
+
+def test_each_width_has_a_baseline_of_its_own():
+    """Two widths scored at one step."""
+    records = [
+        make_record(method=method, num_bits=bits, step=step, value=value)
+        for method, bits, step, value in (
+            ("float_base", 32, 0, 4.0),
+            ("float_control", 32, 100, 4.0),
+            ("rtn", 3, 100, 8.0),
+            ("rtn", 2, 100, 32.0),
+            ("qat", 2, 100, 8.0),
+        )
+    ]
+    (qat,) = (row for row in make_rows(records) if row.method == "qat")
+    assert qat.recovery == pytest.approx(2 / 3)  # ln(32/8) / ln(32/4)
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_diverged_seed_does_not_take_the_report_along(bad, tmp_path):
+    records = make_records(seeds=(0, 1))
+    records[-1] = dataclasses.replace(records[-1], value=bad)
+    rows = make_rows(records)
+    console = Console(width=120, record=True, file=io.StringIO())
+    console.print(make_table(rows, "A title"))
+    assert f"{bad} ± nan" in console.export_text()
+    draw_quality_vs_bits(rows, "A title", tmp_path / "figure.png")
+
+
+def test_a_control_of_zero_and_float_records_alone_can_be_reported(tmp_path):
+    zero = [dataclasses.replace(r, metric="error", value=0.0 if "float" in r.method else 1.0) for r in make_records()]
+    assert all(row.increase is None for row in make_rows(zero))
+    floats = [record for record in make_records() if "float" in record.method]
+    draw_quality_vs_bits(make_rows(floats), "A title", tmp_path / "figure.png")
 
 
 def test_a_missing_seed_and_mixed_metrics_are_refused():
