@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
+from rich.console import Console
+from rich.progress import track
 from torch import nn
 
-from lightning_qat.core import GradientEstimator, Observer
-from lightning_qat.nn import QATLayer
+from lightning_qat.core import PASS_THROUGH_BITS, WIDTHS, GradientEstimator, Observer, PTQMethod, QuantScheme
+from lightning_qat.core.registry import build
+from lightning_qat.nn import (
+    PatternsLike,
+    QATLayer,
+    RulesLike,
+    check_finite,
+    check_mapping,
+    make_plan,
+    parse_patterns,
+    parse_rules,
+)
+from lightning_qat.nn.calibrate import GIB, evaluation_mode
 from lightning_qat.nn.state import STATE_KEY, rebuild
+from lightning_qat.nn.sweep import PTQResults, sweep
+from lightning_qat.observers import OBSERVERS
+from lightning_qat.ptq import build_methods
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -82,3 +99,94 @@ def _load_floats(module: nn.Module, state_dict: Mapping[str, Any]) -> None:
             f"The checkpoint does not fit the module. Build it as in that run; layers made in setup() must be there "
             f"before load_qat. {error}"
         ) from error
+
+
+def quantize_model(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    methods: Sequence[str | Mapping[str, Any]] | Mapping[str, PTQMethod] = ("rtn", "awq", "gptq"),
+    bits: float | Sequence[float] | None = None,
+    scheme: RulesLike | None = None,
+    ignore: PatternsLike = (),
+    observer: str | Mapping[str, Any] | Observer = "minmax",
+    target_module: str | None = None,
+    mapping: Mapping[type[nn.Module], type[QATLayer]] | None = None,
+    step: Callable[[Any], Any] | None = None,
+    memory_budget_gib: float = 4.0,
+    unseen: Literal["error", "rtn"] = "error",
+    progress: bool = True,
+) -> PTQResults:
+    """Quantize a float model after training, by every method at every width, from one calibration.
+
+    The model is not changed; ``results.apply(copy.deepcopy(model), "gptq", 4)`` gives a quantized one.
+
+    Args:
+        model: The float model, on the device that calibration shall use; it is calibrated in evaluation mode.
+        batches: Calibration batches, from training data, on the same device.
+        methods: Names (``rtn``, ``imatrix``, ``awq``, ``gptq``), mappings with ``name`` and arguments, or methods
+            by the names they shall have in the results.
+        bits: Width or widths. Default: that of the scheme.
+        scheme: Scheme or rules at the smallest width, as in ``QATCallback``. Default: symmetric per channel at
+            the smallest of ``bits``.
+        ignore: Modules that stay in float.
+        observer: Where ranges come from for methods that do not search for them.
+        target_module: Name of the submodule outside which nothing is quantized.
+        mapping: Further layer classes.
+        step: Called with each batch; runs the model. Default: ``model`` on the batch, by keywords if it is a
+            mapping, of which ``attention_mask`` also tells padding from tokens.
+        memory_budget_gib: GiB for Hessians; if they need more, the batches are read several times.
+        unseen: What to do with layers that no token reached: ``"error"``, or ``"rtn"``.
+        progress: Show the plan and bars.
+
+    Returns:
+        Quantized weights by (method, width), and how each layer fared.
+
+    Raises:
+        ValueError: If an argument is not valid or does not fit the model, a layer saw no token, or inputs were
+            NaN or infinite; layers are named.
+    """
+    widths = _widths(bits, scheme)
+    plan = make_plan(
+        model,
+        parse_rules(scheme if scheme is not None else QuantScheme(min(widths))),
+        parse_patterns(ignore),
+        target_module,
+        check_mapping(mapping),
+        include_frozen=True,
+    )
+    check_finite({layer.name: layer.weight for layer in plan.layers})
+    console = Console(stderr=True)
+    with evaluation_mode(model):
+        return sweep(
+            model,
+            plan,
+            list(batches),
+            build_methods(methods),
+            widths,
+            build(observer, OBSERVERS, "observer"),
+            step=step,
+            memory_budget=int(memory_budget_gib * GIB),
+            unseen=unseen,
+            progress=functools.partial(_bar, console) if progress else None,
+            tell=console.print if progress else None,
+        )
+
+
+def _widths(bits: float | Sequence[float] | None, scheme: RulesLike | None) -> tuple[float, ...]:
+    finals = [] if scheme is None else [rule.scheme.final_bits for rule in parse_rules(scheme) if rule.scheme]
+    if bits is None and not finals:
+        raise ValueError("Give bits, such as bits=(8, 4, 3), or a scheme, such as scheme='w4g128'.")
+    widths = (min(finals),) if bits is None else tuple(bits) if isinstance(bits, Iterable) else (bits,)
+    if not widths or len(set(widths)) < len(widths) or not set(widths) <= set(WIDTHS) - {PASS_THROUGH_BITS}:
+        raise ValueError(f"bits={bits!r} must be one or more different widths out of {WIDTHS[:-1]}.")
+    if finals and min(widths) < min(finals):
+        raise ValueError(
+            f"bits={min(widths):g} is narrower than the scheme, {min(finals):g} bits. Give the scheme at the smallest "
+            "width; a wider one follows from it."
+        )
+    return widths
+
+
+def _bar(console: Console, batches: Sequence[Any], label: str) -> Iterator[Any]:
+    yield from track(batches, label, console=console, transient=True)

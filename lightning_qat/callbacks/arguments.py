@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
-from lightning_qat.core import Schedule
+from lightning_qat.core import PASS_THROUGH_BITS, WIDTHS, Schedule
 from lightning_qat.core.registry import build
 from lightning_qat.nn import Rule
 from lightning_qat.schedules import SCHEDULES, Constant, Staircase
@@ -70,3 +70,18 @@ def check_positive(value: Any, name: str, kind: Any = Real) -> None:
         raise TypeError(f"{name}={value!r} must be a {'whole ' if kind is Integral else ''}number.")
     if not 0 < float(value) < math.inf:
         raise ValueError(f"{name}={value} must be positive and finite; leave it out for the default.")
+
+
+def read_bits(bits: float | Sequence[float] | None, name: str) -> tuple[float, ...] | None:
+    """Return one or several widths as a tuple; None stays None.
+
+    Raises:
+        ValueError: If one is no width of a quantized weight, or occurs twice.
+    """
+    if bits is None:
+        return None
+    widths = tuple(bits) if isinstance(bits, Sequence) else (bits,)
+    allowed = sorted(set(WIDTHS) - {PASS_THROUGH_BITS})
+    if not widths or not set(widths) <= set(allowed) or len(set(widths)) < len(widths):
+        raise ValueError(f"{name}={bits!r} must be one or more different widths out of {allowed}.")
+    return widths

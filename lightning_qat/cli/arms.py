@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Iterable, Sequence
@@ -102,6 +103,11 @@ class ArmRunner:
         trainer = self._trainer(logger=False, enable_progress_bar=False)
         results = trainer.validate(task, datamodule=self.data, verbose=False)
         return float(results[0][self.cfg.metric.key])
+
+    def calibration_batches(self, num_batches: int) -> list[Any]:
+        """Return the first training batches of an epoch."""
+        pl.seed_everything(self.seed, verbose=False)
+        return list(itertools.islice(self.data.train_dataloader(), num_batches))
 
     def _trainer(self, **overrides: Any) -> pl.Trainer:
         trainer: pl.Trainer = instantiate(self.cfg.trainer, **overrides, enable_checkpointing=False)

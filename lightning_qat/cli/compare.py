@@ -2,13 +2,12 @@
 
 For every seed: a float base, then two arms that start from it and train for as many steps, a float control
 and QAT. At the end of each rung QAT is compared with the control at the same step and with the control
-rounded to nearest on the same grid, layers and data.
+quantized after training on the same grid, layers and data, calibrated on training data.
 """
 
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,15 @@ from typing import Any
 import hydra
 import lightning.pytorch as pl
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from lightning_qat.callbacks import QATCallback
 from lightning_qat.cli.arms import ArmRunner, TrainedArm, load_trained, load_weights, read_seeds
 from lightning_qat.core import PASS_THROUGH_BITS
-from lightning_qat.nn import quantize_after_training, set_num_bits
+from lightning_qat.nn import make_plan, restore_float
 from lightning_qat.nn.bits import BitReport, bit_report
-from lightning_qat.ptq import RTN
+from lightning_qat.nn.sweep import sweep
+from lightning_qat.ptq import RTN, build_methods
 from lightning_qat.records import EvalRecord, append_record
 from lightning_qat.tracking.report import report
 
@@ -67,7 +67,7 @@ def compare_seed(cfg: DictConfig, seed: int, output_dir: Path, save: Callable[[E
     for (_, num_bits), step in zip(starts, ends, strict=True):
         scorer.score_float("float_control", control, control.checkpoints[step], step)
         if num_bits != PASS_THROUGH_BITS:
-            scorer.score_rtn(control.checkpoints[step], num_bits, step)
+            scorer.score_ptq(control.checkpoints[step], num_bits, step)
         scorer.score_qat(trained, num_bits, step)
 
 
@@ -76,19 +76,24 @@ class _Scorer:
 
     def __init__(self, runner: ArmRunner, qat: QATCallback, save: Callable[[EvalRecord], None]) -> None:
         self.runner, self.qat, self.save = runner, qat, save
+        methods: Any = OmegaConf.to_container(runner.cfg.ptq.methods)
+        self.methods = {"rtn": RTN(), **build_methods(methods)}  # recovery is measured from rtn
 
     def score_float(self, method: str, arm: TrainedArm, checkpoint: Path, step: int) -> None:
         task = self._load_float(checkpoint)
         self._record(task, method=method, step=step, trained_with="float", cost_seconds=arm.seconds)
 
-    def score_rtn(self, checkpoint: Path, num_bits: float, step: int) -> None:
-        task = self._load_float(checkpoint)
-        started = time.perf_counter()
-        self.qat.prepare(task)
-        set_num_bits(task, num_bits)
-        quantize_after_training(task, RTN())
-        seconds = time.perf_counter() - started
-        self._record(task, num_bits, method="rtn", step=step, trained_with="float", cost_seconds=seconds)
+    def score_ptq(self, checkpoint: Path, num_bits: float, step: int) -> None:
+        task = self._load_float(checkpoint).eval()
+        plan = make_plan(task, self.qat.rules, self.qat.ignore, self.qat.target_module, self.qat.mapping)
+        batches = self.runner.calibration_batches(self.runner.cfg.ptq.calibration_batches)
+        calibration_step = getattr(task, "calibration_step", None)
+        results = sweep(task, plan, batches, self.methods, [num_bits], self.qat.observer, step=calibration_step)
+        for method in self.methods:
+            results.apply(task, method, num_bits)
+            seconds = results.seconds(method, num_bits)
+            self._record(task, num_bits, method=method, step=step, trained_with="float", cost_seconds=seconds)
+            restore_float(task)
 
     def score_qat(self, arm: TrainedArm, num_bits: float, step: int) -> None:
         task = load_trained(self.runner.make_task(), arm.checkpoints[step], [self.qat])

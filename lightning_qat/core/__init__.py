@@ -7,17 +7,20 @@ from lightning_qat.core.grid import (
     fake_quantize,
     group_view,
     hard_round,
+    nearest_steps,
     qparams_from_range,
     quantize,
     round_scale,
 )
 from lightning_qat.core.protocols import GradientEstimator, Observer, PTQMethod, Schedule
 from lightning_qat.core.scheme import PASS_THROUGH_BITS, WIDTHS, Levels, QuantScheme, fitting_group_sizes
+from lightning_qat.core.stats import LayerStats
 
 __all__ = [
     "PASS_THROUGH_BITS",
     "WIDTHS",
     "GradientEstimator",
+    "LayerStats",
     "Levels",
     "Observer",
     "PTQMethod",
@@ -30,6 +33,7 @@ __all__ = [
     "fitting_group_sizes",
     "group_view",
     "hard_round",
+    "nearest_steps",
     "qparams_from_range",
     "quantize",
     "round_scale",

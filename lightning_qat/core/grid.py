@@ -40,7 +40,8 @@ class QuantizedWeight:
         codes: Integer codes, int8 ``[O, I]``.
         params: Scales and zero-points.
         scheme: The grid that the codes belong to.
-        input_scale: What the layer's input is divided by before the product, float32 ``[I]``, or None.
+        input_scale: What the layer's input is divided by before the product, float32 ``[I]`` (``[O, I]`` if
+            the groups of a convolution differ), or None.
     """
 
     codes: Tensor
@@ -123,16 +124,24 @@ def _clamp(x: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
     return torch.clamp(x, low, high)  # type: ignore[arg-type]  # torch's stubs take two numbers or two tensors
 
 
+def nearest_steps(
+    weight: Tensor, scale: Tensor, zero_point: Tensor | float, levels: Levels, rounding: GradientEstimator = hard_round
+) -> Tensor:
+    """Return ``code - zero_point`` of the level nearest to each weight, in float32; all arguments broadcast."""
+    qmin, qmax, zero_offset, _ = levels
+    # Multiplying by the reciprocal, not dividing, is what torchao does; the two differ in 0.3 % of int4 codes.
+    x = weight * (1.0 / scale) - zero_offset
+    return rounding(x, qmin - zero_point, qmax - zero_point)
+
+
 def _nearest_steps(
     weight: Tensor, params: QuantParams, scheme: QuantScheme, levels: Levels, rounding: GradientEstimator
 ) -> tuple[Tensor, Tensor, Tensor | float]:
     """Return ``code - zero_point`` as float32 ``[O, G, g]``, and scale and zero-point to broadcast with it."""
-    qmin, qmax, zero_offset, _ = levels
     scale = params.scale.unsqueeze(-1)
     zero_point = 0.0 if params.zero_point is None else params.zero_point.unsqueeze(-1)
-    # Multiplying by the reciprocal, not dividing, is what torchao does; the two differ in 0.3 % of int4 codes.
-    x = group_view(weight.float(), scheme) * (1.0 / scale) - zero_offset
-    return rounding(x, qmin - zero_point, qmax - zero_point), scale, zero_point
+    weight = group_view(weight.float(), scheme)
+    return nearest_steps(weight, scale, zero_point, levels, rounding), scale, zero_point
 
 
 def fake_quantize(

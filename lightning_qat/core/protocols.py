@@ -6,13 +6,14 @@ Each is a small object that is called. To add one, write one file in its folder 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from lightning_qat.core.grid import QuantizedWeight, QuantParams
 from lightning_qat.core.scheme import Levels, QuantScheme
+from lightning_qat.core.stats import LayerStats
 
 
 @runtime_checkable
@@ -38,8 +39,8 @@ class Observer(Protocol):
             weight: The weight, ``[O, I]``.
             scheme: Granularity, symmetry and scale rule.
             levels: Levels in place of the scheme's own, on a rung of a schedule.
-            importance: Weight of each input feature in the error, ``[I]``; observers that search for the
-                least error use it.
+            importance: Weight of each input feature in the error, ``[I]`` or ``[O, I]``; observers that search
+                for the least error use it.
         """
         ...
 
@@ -91,8 +92,23 @@ class Schedule(Protocol):
 
 @runtime_checkable
 class PTQMethod(Protocol):
-    """Quantizes one weight after training."""
+    """Quantizes one weight after training, at several widths at once.
 
-    def __call__(self, weight: Tensor, scheme: QuantScheme, observer: Observer) -> QuantizedWeight:
-        """Return the quantized form of ``weight`` ``[O, I]``."""
+    ``needs_stats`` says that it must know the layer's inputs.
+    """
+
+    @property
+    def needs_stats(self) -> bool: ...  # noqa: D102
+
+    def __call__(
+        self, weight: Tensor, schemes: Sequence[QuantScheme], observer: Observer, stats: LayerStats | None = None
+    ) -> list[QuantizedWeight]:
+        """Return the quantized form of ``weight`` for each scheme.
+
+        Args:
+            weight: The weight, ``[O, I]``.
+            schemes: Schemes that differ in width alone.
+            observer: The observer of the layer, which training would use.
+            stats: What calibration gathered about the layer's inputs.
+        """
         ...

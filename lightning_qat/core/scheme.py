@@ -200,11 +200,14 @@ class QuantScheme:
         The width is ``max(num_bits, own width)``. The grid without a zero applies at the final width only.
         """
         activation = self.activation.at(num_bits) if self.activation else None
-        if num_bits <= self.num_bits:
-            return dataclasses.replace(self, activation=activation)
+        scheme = self if num_bits <= self.num_bits else self.with_bits(num_bits)
+        return dataclasses.replace(scheme, activation=activation)
+
+    def with_bits(self, num_bits: float) -> QuantScheme:
+        """Return the scheme with another width of the weight, on the plain grid of that width."""
         own_rule = self.scale_rule != default_scale_rule(self.num_bits, self.zero_offset)
         rule = self.scale_rule if own_rule else None
-        return dataclasses.replace(self, num_bits=num_bits, zero_offset=None, scale_rule=rule, activation=activation)
+        return dataclasses.replace(self, num_bits=num_bits, zero_offset=None, scale_rule=rule)
 
     @property
     def torch_scale_dtype(self) -> torch.dtype:

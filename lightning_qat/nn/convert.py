@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_qat.core import GradientEstimator, Observer, PTQMethod, QuantizedWeight
+from lightning_qat.core import PASS_THROUGH_BITS, GradientEstimator, Observer, QuantizedWeight
 from lightning_qat.core.registry import build
-from lightning_qat.estimators import ESTIMATORS
+from lightning_qat.estimators import ESTIMATORS, ClippedSTE
 from lightning_qat.nn.fake_quantize import FakeQuantizeConfig, WeightFakeQuantize
 from lightning_qat.nn.input_fake_quantize import InputFakeQuantize
 from lightning_qat.nn.layers import QATLayer
 from lightning_qat.nn.plan import Plan, PlannedLayer, check_mapping
 from lightning_qat.nn.rules import PatternsLike, RulesLike, parse_patterns, parse_rules
 from lightning_qat.nn.selection import make_plan
-from lightning_qat.observers import OBSERVERS
+from lightning_qat.observers import OBSERVERS, MinMaxObserver
 
 
 def prepare(
@@ -193,25 +193,25 @@ def quantized_weights(root: nn.Module) -> dict[str, QuantizedWeight]:
 
 
 @torch.no_grad()
-def quantize_after_training(root: nn.Module, method: PTQMethod) -> dict[str, QuantizedWeight]:
-    """Quantize the weights of a prepared ``root`` in place by ``method``, each on the grid of its layer.
+def load_quantized_weights(
+    root: nn.Module, plan: Plan, weights: Mapping[str, QuantizedWeight], num_bits: float
+) -> None:
+    """Put quantized weights into a float ``root``, in place.
 
-    The weights become their dequantized values and pass unchanged from then on; inputs are fake-quantized
-    as before.
+    The weights become their dequantized values and pass unchanged from then on; inputs are fake-quantized as
+    the schemes say.
 
-    Returns:
-        The quantized weights by layer name.
-
-    Raises:
-        ValueError: If a layer is at its pass-through.
+    Args:
+        root: The model, or a copy of the one that ``plan`` was made for.
+        plan: Its layers.
+        weights: Quantized weights by layer name.
+        num_bits: The rung of the schedule that they are on.
     """
-    results = {}
+    modules = dict(root.named_modules())
+    own = Plan(tuple(replace(layer, module=modules[layer.name]) for layer in plan.layers), plan.skipped)
+    apply_plan(root, own, MinMaxObserver(), ClippedSTE())
+    set_num_bits(root, num_bits)
     for name, layer in weight_fake_quants(root):
-        quantizer = layer.weight_fake_quant
-        if quantizer.pass_through:
-            raise ValueError(f"{name} is at its 16-bit pass-through. Go to a width with set_num_bits first.")
-        result = method(layer.to_matrix(layer.weight), quantizer.rung_scheme, quantizer.config.observer)
-        layer.weight.copy_(layer.from_matrix(result.dequantize(), layer.weight))
-        quantizer.set_num_bits(16)
-        results[name] = result
-    return results
+        matrix = weights[name].dequantize()
+        layer.weight.copy_(layer.from_matrix(matrix, layer.weight))
+        layer.weight_fake_quant.set_num_bits(PASS_THROUGH_BITS)

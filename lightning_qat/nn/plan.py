@@ -86,6 +86,28 @@ def plan_exactly(
     return Plan(tuple(layers), {})
 
 
+def plan_as_prepared(root: nn.Module, num_bits: float) -> Plan:
+    """Return the plan by which a prepared ``root`` was prepared.
+
+    Args:
+        root: The model.
+        num_bits: If this is below all widths, the layers with the smallest get it instead, on its own grid.
+    """
+    layers = []
+    for name, module in root.named_modules():
+        if isinstance(module, QATLayer):
+            activation = None if module.input_fake_quant is None else module.input_fake_quant.scheme
+            scheme = replace(module.weight_fake_quant.scheme, activation=activation)
+            layers.append(PlannedLayer(name, module, type(module), scheme))
+    smallest = min(layer.scheme.num_bits for layer in layers)
+    if num_bits < smallest:
+        layers = [
+            replace(layer, scheme=layer.scheme.with_bits(num_bits)) if layer.scheme.num_bits == smallest else layer
+            for layer in layers
+        ]
+    return Plan(tuple(layers), {})
+
+
 def find_qat_class(
     layer_type: type[nn.Module], mapping: Mapping[type[nn.Module], type[QATLayer]] | None
 ) -> type[QATLayer] | None:

@@ -50,6 +50,10 @@ class CausalLMTask(pl.LightningModule):
         self.log("train/loss", loss)
         return loss
 
+    def calibration_step(self, batch: Tensor) -> None:
+        """Run the model on what it sees in training: the batch without its last token."""
+        self(batch[:, :-1])
+
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         """Add a batch to the perplexity."""
         self.perplexity(self(batch[:, :-1]).float(), batch[:, 1:])

@@ -69,11 +69,13 @@ def _annotate_increase(axes: Axes, rows: Sequence[Row], positions: dict[float, i
     """Write how far the worst and the best point of each width are above the control, where that can be seen."""
     for num_bits, position in positions.items():
         points = sorted((row for row in rows if row.num_bits == num_bits), key=lambda row: row.mean)
-        is_crowded = points[-1].mean < _CROWDED_RATIO * points[0].mean
+        is_crowded = len(points) > 1 and points[1].mean < _CROWDED_RATIO * points[0].mean
         for row, offset in ((points[-1], (8, 5)), (points[0], (8, -14 if is_crowded else 5)))[: len(points)]:
             if row.increase is not None and abs(row.increase) >= _VISIBLE_INCREASE:
                 label, color = f"{row.increase:+.0%}", _COLORS.get(row.method)
-                axes.annotate(label, (position, row.mean), offset, textcoords="offset points", color=color)
+                box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}  # where the control passes behind
+                point = (position, row.mean)
+                axes.annotate(label, point, offset, textcoords="offset points", color=color, bbox=box)
 
 
 def _draw_control(axes: Axes, rows: Sequence[Row], positions: dict[float, int]) -> None:

@@ -8,7 +8,15 @@ from rich.table import Table
 
 from lightning_qat.tracking.rows import BASE, CONTROL, Row
 
-LABELS = {BASE: "float base", CONTROL: "float control", "rtn": "round to nearest", "qat": "QAT"}
+LABELS = {
+    BASE: "float base",
+    CONTROL: "float control",
+    "rtn": "round to nearest",
+    "imatrix": "RTN, weighted range",
+    "awq": "AWQ",
+    "gptq": "GPTQ",
+    "qat": "QAT",
+}
 
 
 def make_table(rows: Sequence[Row], title: str) -> Table:

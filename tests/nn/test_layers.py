@@ -10,9 +10,8 @@ from torch import nn
 from lightning_qat import prepare, quantized_weights, restore_float
 from lightning_qat.core import QuantScheme, dequantize, fake_quantize, quantize
 from lightning_qat.estimators import ClippedSTE
-from lightning_qat.nn import quantize_after_training, quantized_layers, set_num_bits
+from lightning_qat.nn import quantized_layers, set_num_bits
 from lightning_qat.observers import MinMaxObserver, MSEObserver
-from lightning_qat.ptq import RTN
 
 LAYERS = {
     "linear": (lambda: nn.Linear(32, 12), (4, 5, 32)),
@@ -231,14 +230,6 @@ def test_another_estimator_replaces_that_of_the_inputs():
     prepare(model, "w4a8")
     prepare(model, "w4a8", estimator=ClippedSTE(margin=0.0))
     assert model[0].input_fake_quant.estimator == ClippedSTE(margin=0.0)
-
-
-def test_a_pass_through_is_not_rounded_after_training():
-    model = nn.Sequential(nn.Linear(8, 8))
-    prepare(model, "w4")
-    set_num_bits(model, 16)
-    with pytest.raises(ValueError, match="0 is at its 16-bit pass-through"):
-        quantize_after_training(model, RTN())
 
 
 def test_meta_grids_take_what_is_loaded():

@@ -1,0 +1,184 @@
+"""Lightning's own validation loop, on a copy of the module, without a trace in the Trainer.
+
+Lightning has no public way to do this. ``trainer.validate`` inside a fit destroys the Trainer's state, and
+running the loop on the live module accumulates into its metrics. What is private is kept in this file, and a
+test compares the metrics of an unchanged copy with those of the live module for every Lightning that is tested.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers.logger import DummyLogger, Logger
+from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
+from lightning.pytorch.trainer import call
+from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchmetrics import Metric
+
+from lightning_qat.callbacks.errors import QATConfigurationError
+from lightning_qat.callbacks.isolation import isolate_randomness
+
+
+def weights_of(pl_module: pl.LightningModule) -> list[Tensor]:
+    """Return all parameters and buffers of a module."""
+    return [*pl_module.parameters(), *pl_module.buffers()]
+
+
+def copy_module(pl_module: pl.LightningModule, weights: Mapping[int, Tensor]) -> pl.LightningModule:
+    """Return a deep copy of a module in training, its metrics reset, uncompiled, and without its Trainer.
+
+    Args:
+        pl_module: The module.
+        weights: What takes the place of its parameters and buffers, by their ``id``; those left out are copied.
+
+    Raises:
+        QATConfigurationError: If the module cannot be copied.
+    """
+    memo: dict[int, Any] = dict(weights)
+    for module in pl_module.modules():
+        for value in vars(module).values():
+            if isinstance(value, Tensor) and not value.is_leaf:  # such as a loss that was kept
+                memo[id(value)] = value.detach().clone()
+    try:
+        twin = copy.deepcopy(pl_module, memo)
+    except (TypeError, RuntimeError) as error:
+        raise QATConfigurationError(
+            f"PTQCallback works on a copy of {type(pl_module).__name__}, which cannot be copied: {error}. Keep what "
+            "cannot be copied outside the module, or give its class a __deepcopy__."
+        ) from error
+    if twin._compiler_ctx is not None:
+        for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+            vars(twin).pop(name, None)
+        twin._compiler_ctx = None
+    twin._metric_attributes = None
+    for module in twin.modules():
+        if isinstance(module, Metric):
+            module.reset()
+    return twin
+
+
+def validation_loaders(trainer: pl.Trainer) -> list[Any]:
+    """Return the loaders of the validation that is running or has just run."""
+    combined = trainer._evaluation_loop._combined_loader
+    return [] if combined is None else list(combined.flattened)
+
+
+def validate_copy(trainer: pl.Trainer, twin: pl.LightningModule, limit_batches: int | None = None) -> dict[str, float]:
+    """Return the metrics that validation logs for ``twin``; to be called in ``on_validation_end``.
+
+    Neither callbacks nor loggers see anything of it.
+
+    Args:
+        trainer: The Trainer, which has just validated another module on the same loaders.
+        twin: The module to score.
+        limit_batches: Batches of each loader. Default: those of the validation before.
+    """
+    live = trainer._evaluation_loop
+    loop = _CopyLoop(trainer, live._trainer_fn, live._stage, verbose=False, inference_mode=live.inference_mode)
+    loop._combined_loader = _twin_loader(live._combined_loader)
+    loop._max_batches = [most if limit_batches is None else min(most, limit_batches) for most in live._max_batches]
+    with isolate_randomness(validation_loaders(trainer)), _in_place_of_the_live_module(trainer, twin, loop):
+        loop.run()
+        metrics = dict(trainer._logger_connector._callback_metrics)
+        loop.teardown()
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def is_last_validation(trainer: Any) -> bool:
+    """Return whether the validation that is running is known to be the last of its fit."""
+    if trainer.state.fn != TrainerFn.FITTING or trainer.should_stop or trainer.global_step >= trainer.max_steps > 0:
+        return True
+    is_last_epoch = trainer.max_epochs is not None and trainer.current_epoch + 1 == trainer.max_epochs
+    return is_last_epoch and bool(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
+
+
+class _CopyLoop(_EvaluationLoop):
+    def setup_data(self) -> None:
+        """The loaders are given."""
+
+
+def _twin_loader(combined: Any) -> Any:
+    """Return the same loaders with iterators of their own, also where the live ones keep their workers."""
+    twin = copy.copy(combined)
+    twin._iterator = None
+    twin._flattened = [_without_iterator(loader) for loader in combined.flattened]
+    return twin
+
+
+def _without_iterator(loader: Any) -> Any:
+    if not isinstance(loader, DataLoader) or loader._iterator is None:
+        return loader
+    twin = copy.copy(loader)
+    twin._iterator = None
+    return twin
+
+
+@contextmanager
+def _in_place_of_the_live_module(trainer: Any, twin: pl.LightningModule, loop: _EvaluationLoop) -> Iterator[None]:
+    is_fit = trainer.state.fn == TrainerFn.FITTING
+    holder, name = (trainer.fit_loop.epoch_loop, "val_loop") if is_fit else (trainer, "validate_loop")
+    replacements: list[tuple[Any, str, Any]] = [
+        (holder, name, loop),
+        (trainer.strategy, "_lightning_module", twin),
+        (trainer.strategy, "model", twin),
+        (trainer, "_logger_connector", _LoggerConnector(trainer)),
+        (call, "_call_callback_hooks", lambda *_, **__: None),
+        (trainer, "_loggers", [_SilentLogger(logger) for logger in trainer.loggers]),
+        (trainer, "should_stop", trainer.should_stop),
+        (trainer, "_last_val_time", getattr(trainer, "_last_val_time", None)),
+    ]
+    optimization = _state_of_optimization(trainer)
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements if hasattr(owner, name)]
+    try:
+        for owner, name, value in replacements:
+            setattr(owner, name, value)
+        twin.trainer = trainer
+        yield
+    finally:
+        for owner, name, value in before:
+            setattr(owner, name, value)
+        _restore_optimization(trainer, optimization)
+        twin._trainer = None
+
+
+def _state_of_optimization(trainer: Any) -> list[Any]:
+    """Return what the hooks of a module may change in learning rate schedulers and parameter groups."""
+    schedulers = [copy.deepcopy(config.scheduler.state_dict()) for config in trainer.lr_scheduler_configs]
+    groups = [{**group} for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return [schedulers, groups]
+
+
+def _restore_optimization(trainer: Any, state: list[Any]) -> None:
+    schedulers, groups = state
+    for config, scheduler_state in zip(trainer.lr_scheduler_configs, schedulers, strict=True):
+        config.scheduler.load_state_dict(scheduler_state)
+    live_groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    for group, before in zip(live_groups, groups, strict=True):
+        group.update(before)
+
+
+class _SilentLogger(DummyLogger):
+    """Logs nothing, in the folders of another logger."""
+
+    def __init__(self, logger: Logger) -> None:
+        super().__init__()
+        self._logger = logger
+
+    @property
+    def save_dir(self) -> str | None:
+        return self._logger.save_dir
+
+    @property
+    def log_dir(self) -> str | None:
+        return self._logger.log_dir
+
+    @property
+    def root_dir(self) -> str | None:
+        return self._logger.root_dir

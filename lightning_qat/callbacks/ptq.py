@@ -1,0 +1,347 @@
+"""PTQCallback: what quantization after training would give, at every validation, training undisturbed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch import callbacks as pl_callbacks
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from rich.console import Console
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_qat.callbacks.arguments import read_bits
+from lightning_qat.callbacks.capture import BatchCapture
+from lightning_qat.callbacks.errors import QATConfigurationError, as_configuration_error
+from lightning_qat.callbacks.evaluation import copy_module, is_last_validation, validation_loaders, weights_of
+from lightning_qat.callbacks.isolation import isolate_randomness
+from lightning_qat.callbacks.ptq_baseline import Baseline
+from lightning_qat.callbacks.ptq_report import GAP_PREFIX, QAT, Score, name_figures, print_scores, publish_missing
+from lightning_qat.callbacks.ptq_scoring import live_score, quantize_copy, score_results
+from lightning_qat.core import PASS_THROUGH_BITS, Observer, PTQMethod
+from lightning_qat.core.registry import build
+from lightning_qat.nn import (
+    PatternsLike,
+    Plan,
+    QATLayer,
+    RulesLike,
+    check_finite,
+    check_mapping,
+    make_plan,
+    parse_patterns,
+    parse_rules,
+    quantized_layers,
+    restore_float,
+)
+from lightning_qat.nn.calibrate import GIB
+from lightning_qat.nn.plan import plan_as_prepared
+from lightning_qat.nn.sweep import PTQResults
+from lightning_qat.observers import OBSERVERS
+from lightning_qat.ptq import build_methods
+from lightning_qat.records import append_record
+
+_AVERAGING = getattr(pl_callbacks, "WeightAveraging", ())
+
+
+class PTQCallback(pl.Callback):
+    """At the end of validation, quantize a copy of the weights by several methods and validate each result.
+
+    The copy is of the float weights that were just validated (of an average, if one was), without fake
+    quantization. It is calibrated on copies of the first training batches, and scored by the module's own
+    validation loop. Training goes on as if nothing had happened, to the bit.
+
+    Metrics appear as ``ptq/<method>_w<bits>/<metric>``, and at the width that QAT is at as
+    ``ptq/current/<method>/<metric>``: in the loggers, and in ``trainer.callback_metrics`` for callbacks that
+    monitor them and are listed later. Beside ``QATCallback`` the prefix is ``ptq_of_latent``: the weights under
+    fake quantization are not those of a float run, and their quantization is not the baseline to compare with.
+
+    Args:
+        methods: ``"rtn"``, ``"imatrix"``, ``"awq"``, ``"gptq"``, mappings with ``name`` and arguments, or methods
+            by the names they shall have.
+        bits: Width or widths. Default: the one that ``QATCallback`` is at, or that of ``scheme``.
+        final_bits: Widths of the last validation of a fit instead, if that is known to be the last: at ``max_steps``,
+            at the end of the last epoch, or when training is told to stop.
+        scheme: Scheme or rules at the smallest width, as in ``QATCallback``, whose own are used where it is
+            there. Default: symmetric per channel at the smallest of ``bits``.
+        ignore: Modules that stay in float.
+        observer: Where ranges come from for methods that do not search for them.
+        every_n_validations: Run at every n-th validation.
+        calibration_samples: Training samples to keep for calibration, rounded up to whole batches.
+        calibration_data: Batches to calibrate on instead, as ``calibration_step`` or ``forward`` takes them; needed
+            in ``trainer.validate``.
+        limit_val_batches: Batches of each validation loader to score on. Default: all that were validated.
+        max_seconds: Score no further variant after so long; what was left out is said.
+        mode: Whether the metrics are better if smaller (``"min"``) or larger, or that by metric.
+        baseline: Results file of a float run with PTQCallback. With ``QATCallback``, ``gap_to_best_ptq/<metric>`` is
+            then logged: QAT minus the best method of that run at the same width and step.
+        results: JSON Lines file that records are added to. Default: ``ptq_results.jsonl`` in the Trainer's
+            ``default_root_dir``.
+        seed: Seed of the run, for the records.
+        memory_budget_gib: GiB for the statistics of inputs.
+        unseen: What to do with layers that no token of the calibration reached: ``"error"`` or ``"rtn"``.
+        target_module: Name of the submodule outside which nothing is quantized.
+        mapping: Further layer classes, as in ``QATCallback``.
+
+    A module may define ``calibration_step(batch)``; by default its ``forward`` gets what it takes from the batch.
+    The copy is a deep copy: a forward hook that is a closure over the live module would still write into that.
+
+    A metric that a callback monitors and that a validation leaves out (fake quantization has not started, every
+    n-th validation, ``max_seconds``) keeps its last value, or gets the worst there is if it never had one.
+
+    Raises:
+        TypeError: If an argument is of a wrong type.
+        ValueError: If an argument is not valid, or does not fit the model.
+    """
+
+    def __init__(
+        self,
+        methods: str | Sequence[str | Mapping[str, Any]] | Mapping[str, PTQMethod] = ("rtn", "awq", "gptq"),
+        bits: float | Sequence[float] | None = None,
+        *,
+        final_bits: float | Sequence[float] | None = None,
+        scheme: RulesLike | None = None,
+        ignore: PatternsLike = (),
+        observer: str | Mapping[str, Any] | Observer = "minmax",
+        every_n_validations: int = 1,
+        calibration_samples: int = 128,
+        calibration_data: Sequence[Any] | None = None,
+        limit_val_batches: int | None = None,
+        max_seconds: float | None = None,
+        mode: Literal["min", "max"] | Mapping[str, str] = "min",
+        baseline: str | Path | None = None,
+        results: str | Path | None = None,
+        seed: int = 0,
+        memory_budget_gib: float = 4.0,
+        unseen: Literal["error", "rtn"] = "error",
+        target_module: str | None = None,
+        mapping: Mapping[type[nn.Module], type[QATLayer]] | None = None,
+    ) -> None:
+        self.methods = build_methods(methods)
+        self.bits = read_bits(bits, "bits")
+        self.final_bits = read_bits(final_bits, "final_bits")
+        self.rules = None if scheme is None else parse_rules(scheme)
+        self.ignore = parse_patterns(ignore)
+        self.observer: Observer = build(observer, OBSERVERS, "observer")
+        self.every_n_validations = every_n_validations
+        self.calibration_data = calibration_data
+        self.limit_val_batches = limit_val_batches
+        self.max_seconds = max_seconds
+        self.mode = mode
+        self.baseline = None if baseline is None else Baseline(baseline)
+        self.results = results
+        self.seed = seed
+        self.memory_budget = int(memory_budget_gib * GIB)
+        self.unseen = unseen
+        self.target_module = target_module
+        self.mapping = check_mapping(mapping)
+        self._check_arguments(calibration_samples)
+        self.scores: list[Score] = []
+        self._capture = BatchCapture(calibration_samples)
+        self._num_validations = 0
+        self._shell: pl.LightningModule | None = None
+        self._validated: dict[int, Tensor] | None = None
+        self._has_swept_final_bits = False
+
+    def _check_arguments(self, calibration_samples: int) -> None:
+        for name, value in (
+            ("every_n_validations", self.every_n_validations),
+            ("calibration_samples", calibration_samples),
+            ("limit_val_batches", self.limit_val_batches),
+        ):
+            if value is not None and (type(value) is not int or value < 1):
+                raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
+        modes = self.mode.values() if isinstance(self.mode, Mapping) else [self.mode]
+        if not set(modes) <= {"min", "max"}:
+            raise ValueError(f"mode={self.mode!r} must be 'min' or 'max', or a mapping from metrics to these.")
+        if self.unseen not in ("error", "rtn"):
+            raise ValueError(f"unseen={self.unseen!r} must be 'error' or 'rtn'.")
+
+    # ------------------------------------------------------------------------------------------------- before
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Check what can be checked before any time is spent."""
+        if (
+            stage == "validate"
+            and self.calibration_data is None
+            and self._needs_calibration
+            and not self._capture.batches
+        ):
+            raise QATConfigurationError(
+                f"{', '.join(self.methods)} need inputs to calibrate on, and trainer.validate has no training batches. "
+                "Give PTQCallback(calibration_data=[...]), batches of the training data."
+            )
+
+    @property
+    def _needs_calibration(self) -> bool:
+        return any(method.needs_stats for method in self.methods.values())
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make a plan for the model, so that what does not fit is refused before training."""
+        with as_configuration_error():
+            self._plan(pl_module, self._widths(pl_module) + (self.final_bits or ()))
+        copy_module(pl_module, {id(weight): weight for weight in weights_of(pl_module)})  # or say that it cannot be
+        self._has_swept_final_bits = False
+        self._capture = BatchCapture(self._capture.num_samples)
+
+    def _widths(self, pl_module: pl.LightningModule) -> tuple[float, ...]:
+        if self.bits is not None:
+            return self.bits
+        if layers := quantized_layers(pl_module):
+            current = min(layer.weight_fake_quant.num_bits for layer in layers.values())
+            return (current,) if current != PASS_THROUGH_BITS else ()
+        if self.rules is None:
+            raise QATConfigurationError(
+                "PTQCallback knows no width: give bits, such as bits=(8, 4), or a scheme, or use it with QATCallback."
+            )
+        return (min(rule.scheme.final_bits for rule in self.rules if rule.scheme is not None),)
+
+    def _plan(self, module: nn.Module, widths: Sequence[float]) -> Plan:
+        if quantized_layers(module):
+            return plan_as_prepared(module, min(widths, default=PASS_THROUGH_BITS))
+        lowest = min((rule.scheme.final_bits for rule in self.rules or () if rule.scheme is not None), default=0)
+        if widths and min(widths) < lowest:
+            raise QATConfigurationError(
+                f"bits={min(widths):g} is narrower than the scheme, {lowest:g} bits. Give the scheme at the smallest "
+                "width; a wider one follows from it."
+            )
+        rules = self.rules or parse_rules(f"w{min(widths):g}")
+        return make_plan(module, rules, self.ignore, self.target_module, self.mapping, include_frozen=True)
+
+    @override
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep a copy of the first batches."""
+        if self.calibration_data is None and self._needs_calibration:
+            self._capture.add(batch)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Copy all but the weights: by the end of validation, it has left its traces."""
+        if not trainer.sanity_checking and self._is_due(self._num_validations + 1, trainer):
+            with torch.inference_mode(False):
+                self._shell = copy_module(pl_module, {id(weight): weight for weight in weights_of(pl_module)})
+
+    def _is_due(self, num_validations: int, trainer: pl.Trainer) -> bool:
+        return num_validations % self.every_n_validations == 0 or self._is_final(trainer)
+
+    def _is_final(self, trainer: pl.Trainer) -> bool:
+        return self.final_bits is not None and is_last_validation(trainer)
+
+    @override
+    def on_validation_batch_start(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keep the weights of an average, which are gone by the end of validation."""
+        is_first = batch_idx == 0 and dataloader_idx == 0 and self._shell is not None
+        if is_first and any(isinstance(callback, _AVERAGING) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            self._validated = {id(weight): _clone(weight) for weight in weights_of(pl_module)}
+
+    # -------------------------------------------------------------------------------------------------- the pass
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Quantize, score, and report."""
+        shell, self._shell = self._shell, None
+        validated, self._validated = self._validated, None
+        if trainer.sanity_checking:
+            return
+        self._num_validations += 1
+        widths = () if shell is None else self._widths_now(trainer, pl_module)
+        batches = self.calibration_data if self.calibration_data is not None else self._capture.batches
+        if shell is not None and widths:
+            if self._needs_calibration and not batches:
+                rank_zero_warn("PTQCallback has seen no training batch yet, and leaves this validation out.")
+            else:
+                self._run(trainer, pl_module, shell, validated, list(batches), widths)
+        publish_missing(trainer)
+
+    def _widths_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[float, ...]:
+        """Return the widths of this validation; none before fake quantization has started."""
+        widths = self._widths(pl_module)
+        if self.final_bits is None or not is_last_validation(trainer):
+            return widths
+        self._has_swept_final_bits = True
+        return tuple(dict.fromkeys((*self.final_bits, *widths)))  # with the width that callbacks monitor
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if the last validation was not known to be the last."""
+        if self.final_bits is not None and not self._has_swept_final_bits:
+            rank_zero_warn(
+                f"PTQCallback has not swept final_bits={self.final_bits}: no validation was known to be the last. Run "
+                "trainer.validate with PTQCallback(bits=..., calibration_data=...)."
+            )
+
+    def _run(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        shell: pl.LightningModule,
+        validated: dict[int, Tensor] | None,
+        batches: list[Any],
+        widths: tuple[float, ...],
+    ) -> None:
+        is_qat = bool(quantized_layers(pl_module))
+        with torch.inference_mode(False), torch.no_grad(), isolate_randomness(validation_loaders(trainer)):
+            weights = validated or {id(weight): _clone(weight) for weight in weights_of(pl_module)}
+
+            def make_twin() -> pl.LightningModule:
+                twin = copy_module(shell, weights)
+                restore_float(twin)
+                return twin
+
+            plan = self._plan(copy_module(shell, weights), widths)
+            check_finite({layer.name: layer.weight for layer in plan.layers})
+            twin = make_twin()
+            modules = dict(twin.named_modules())
+            layers = tuple(replace(layer, module=modules[layer.name]) for layer in plan.layers)
+            plan = replace(plan, layers=layers)
+            results = quantize_copy(
+                trainer, twin, plan, batches, self.methods, widths, self.observer, self.memory_budget, self.unseen
+            )
+            scores = score_results(trainer, make_twin, results, is_qat, self.limit_val_batches, self.max_seconds)
+        if is_qat and scores:
+            scores.insert(0, live_score(trainer, pl_module, {name for score in scores for name in score.metrics}))
+        if scores:
+            self._publish(trainer, scores, min(self._widths(pl_module), default=None))
+            self._report(trainer, scores, results)
+
+    # ------------------------------------------------------------------------------------------------ reporting
+
+    def _publish(self, trainer: pl.Trainer, scores: Sequence[Score], current_bits: float | None) -> None:
+        figures = name_figures(scores, current_bits)
+        if self.baseline is not None and scores[0].method == QAT:
+            gaps = self.baseline.gaps(scores[0].metrics, scores[0].num_bits, trainer.global_step)
+            figures.update({f"{GAP_PREFIX}{name}": gap for name, gap in gaps.items()})
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer.global_step)
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
+
+    @rank_zero_only
+    def _report(self, trainer: pl.Trainer, scores: list[Score], results: PTQResults) -> None:
+        self.scores += scores
+        path = Path(self.results) if self.results is not None else Path(trainer.default_root_dir, "ptq_results.jsonl")
+        for score in scores:
+            for metric in score.metrics:
+                mode = self.mode.get(metric, "min") if isinstance(self.mode, Mapping) else self.mode
+                append_record(path, score.to_record(metric, mode == "max", trainer.global_step, self.seed))
+        print_scores(Console(), scores, results, trainer.global_step)
+
+
+def _clone(weight: Tensor) -> Tensor:
+    """Return a copy that is a parameter if ``weight`` is one."""
+    copied = weight.detach().clone()
+    return nn.Parameter(copied, requires_grad=weight.requires_grad) if isinstance(weight, nn.Parameter) else copied

@@ -1,0 +1,118 @@
+"""What PTQCallback tells after a validation: metrics, records and one table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from lightning_qat.nn.bits import BitReport
+from lightning_qat.nn.sweep import PTQResults
+from lightning_qat.records import EvalRecord
+
+QAT = "qat"
+OF_LATENT = "ptq_of_latent"
+GAP_PREFIX = "gap_to_best_ptq/"
+
+
+@dataclass(frozen=True)
+class Score:
+    """The metrics of one variant.
+
+    Attributes:
+        method: Name of the method; of latent QAT weights with the prefix ``ptq_of_latent/``, ``qat`` for the live
+            model.
+        num_bits: Width in bits.
+        scheme: Shorthand of its scheme.
+        bits: Effective bits.
+        metrics: What validation logged.
+        seconds: Wall time of quantization and validation.
+    """
+
+    method: str
+    num_bits: float
+    scheme: str
+    bits: BitReport
+    metrics: dict[str, float]
+    seconds: float
+
+    @property
+    def is_of_qat(self) -> bool:
+        """Whether the weights are those under fake quantization."""
+        return self.method == QAT or self.method.startswith(OF_LATENT)
+
+    def to_record(self, metric: str, higher_is_better: bool, step: int, seed: int) -> EvalRecord:
+        """Return the record of one of the metrics."""
+        return EvalRecord(
+            method=self.method,
+            scheme=self.scheme,
+            num_bits=self.num_bits,
+            effective_bits=self.bits.quantized,
+            model_bits=self.bits.model,
+            metric=metric,
+            value=self.metrics[metric],
+            higher_is_better=higher_is_better,
+            step=step,
+            trained_with="qat" if self.is_of_qat else "float",
+            seed=seed,
+            cost_seconds=self.seconds,
+        )
+
+
+def name_figures(scores: Sequence[Score], current_bits: float | None) -> dict[str, float]:
+    """Return all metrics of quantization after training by the names under which they are logged.
+
+    Args:
+        scores: All variants.
+        current_bits: The width whose metrics also get a name without it, so that callbacks can monitor one name
+            while widths change.
+    """
+    figures = {}
+    for score in scores:
+        if score.method == QAT:
+            continue
+        prefix = OF_LATENT if score.is_of_qat else "ptq"
+        method = score.method.removeprefix(f"{OF_LATENT}/")
+        for name, value in score.metrics.items():
+            figures[f"{prefix}/{method}_w{score.num_bits:g}/{name}"] = value
+            if score.num_bits == current_bits:
+                figures[f"{prefix}/current/{method}/{name}"] = value
+    return figures
+
+
+def publish_missing(trainer: Any) -> None:
+    """Give monitored metrics that do not exist yet the worst value there is: without one, Lightning ends the fit."""
+    for callback in trainer.callbacks:
+        monitor = getattr(callback, "monitor", None)
+        is_ours = isinstance(monitor, str) and monitor.startswith(("ptq/", f"{OF_LATENT}/", GAP_PREFIX))
+        if is_ours and monitor not in trainer.callback_metrics:
+            worst = torch.finfo(torch.float32).max
+            value = worst if getattr(callback, "mode", "min") == "min" else -worst
+            trainer.callback_metrics[monitor] = torch.tensor(value)
+
+
+def print_scores(console: Console, scores: Sequence[Score], results: PTQResults, step: int) -> None:
+    """Print all variants, and which layers kept round-to-nearest in place of what a method found."""
+    metrics = list(dict.fromkeys(name for score in scores for name in score.metrics))
+    table = Table(title=f"Quantization after training, step {step}", title_justify="left", title_style="bold")
+    table.add_column("method", no_wrap=True)
+    for heading in ("bits", "effective\nbits", *metrics, "seconds"):
+        table.add_column(heading, justify="right", overflow="fold")
+    for score in scores:
+        cells = [f"{score.metrics[name]:.4f}" if name in score.metrics else "-" for name in metrics]
+        bits = (f"{score.num_bits:g}", f"{score.bits.quantized:.2f}")
+        table.add_row(score.method, *bits, *cells, f"{score.seconds:.1f}")
+    console.print(table)
+    if results.calibration is not None:
+        console.print(f"Calibrated {results.calibration}.")
+    for method in dict.fromkeys(report.method for report in results.fallbacks()):
+        kept = results.fallbacks(method)
+        first = kept[0]
+        console.print(
+            f"{method} kept round-to-nearest in {len(kept)} of {results.num_reports(method)} cases, among them "
+            f"{first.layer} at {first.num_bits:g} bits: {first.fallback}."
+        )

@@ -1,0 +1,312 @@
+"""Calibration: what the layers of a model see, gathered by hooks while batches pass through it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from lightning_qat.core import LayerStats
+from lightning_qat.nn.input_matrix import columns_per_channel, num_groups, token_matrix
+
+GIB = 2**30
+
+
+@dataclass
+class _Accumulator:
+    """Sums for the layers of ``names``, which are always fed the same tensors."""
+
+    names: list[str]
+    hessian: Tensor | None = None
+    abs_sum: Tensor | None = None
+    num_tokens: int = 0
+
+    def add(self, tokens: Tensor) -> None:
+        """Add tokens ``[K, N, I]``; in float32 also where the model runs under autocast."""
+        with torch.autocast(tokens.device.type, enabled=False):
+            if self.hessian is None or self.abs_sum is None:
+                self.hessian, self.abs_sum = tokens.mT @ tokens, tokens.abs().sum(1)
+            else:
+                self.hessian.baddbmm_(tokens.mT, tokens)
+                self.abs_sum.add_(tokens.abs().sum(1))
+        self.num_tokens += tokens.shape[1]
+
+    def stats(self, module: nn.Module) -> LayerStats | None:
+        """Return what was gathered by all processes; None if no token was seen.
+
+        Raises:
+            ValueError: If an input was NaN or infinite.
+        """
+        self._reduce(module)
+        if self.hessian is None or self.abs_sum is None or self.num_tokens == 0:
+            return None
+        if not torch.isfinite(self.hessian).all():
+            raise ValueError(f"Inputs of {', '.join(self.names)} were NaN or infinite during calibration.")
+        return LayerStats(self.hessian, self.abs_sum / self.num_tokens, self.num_tokens, columns_per_channel(module))
+
+    def _reduce(self, module: nn.Module) -> None:
+        if not _is_distributed():
+            return
+        num_tokens = torch.tensor(float(self.num_tokens), device=_device(module))
+        torch.distributed.all_reduce(num_tokens)
+        self.num_tokens = int(num_tokens.item())
+        if self.num_tokens == 0:
+            return
+        groups, in_features = num_groups(module), _in_features(module)
+        if self.hessian is None or self.abs_sum is None:  # another process has seen tokens
+            self.hessian = torch.zeros(groups, in_features, in_features, device=_device(module))
+            self.abs_sum = torch.zeros(groups, in_features, device=_device(module))
+        torch.distributed.all_reduce(self.hessian)
+        torch.distributed.all_reduce(self.abs_sum)
+
+
+class _Calls:
+    """Which tensors each layer was fed in one batch, and how often these had been changed in place by then.
+
+    Only weak references are kept: while a tensor lives, all references to it are one object, and another tensor
+    gets another one, even at the same address.
+    """
+
+    def __init__(self) -> None:
+        self._inputs: dict[str, list[tuple[weakref.ref[Tensor], int]]] = defaultdict(list)
+
+    def add(self, name: str, x: Tensor) -> None:
+        self._inputs[name].append((weakref.ref(x), 0 if x.is_inference() else x._version))
+
+    def identity(self, name: str) -> tuple[tuple[int, int], ...]:
+        return tuple((id(reference), version) for reference, version in self._inputs[name])
+
+
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """How the layers are calibrated.
+
+    Attributes:
+        passes: Layers of each pass over the batches, as lists of layers that share their input.
+        num_bytes: Size of the largest pass's Hessians.
+    """
+
+    passes: tuple[tuple[tuple[str, ...], ...], ...]
+    num_bytes: int
+
+    def __str__(self) -> str:
+        """Describe the plan in one line."""
+        inputs = sum(len(groups) for groups in self.passes)
+        layers = sum(len(names) for groups in self.passes for names in groups)
+        passes = "one pass" if len(self.passes) == 1 else f"{len(self.passes)} passes"
+        return f"{layers} layers with {inputs} distinct inputs in {passes}, Hessians of {self.num_bytes / GIB:.2f} GiB"
+
+
+class Calibrator:
+    """Gathers statistics of layers in as few passes over the batches as the memory budget allows.
+
+    Args:
+        root: The float model.
+        layers: The layers by name.
+        batches: Calibration batches, which may be read several times.
+        step: Called with each batch; runs the model. Default: :func:`call_forward`.
+        memory_budget: Bytes for Hessians.
+        progress: Wraps an iterable of batches, to show a bar.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        layers: Mapping[str, nn.Module],
+        batches: Sequence[Any],
+        step: Callable[[Any], Any] | None = None,
+        memory_budget: int = 4 * GIB,
+        progress: Callable[[Sequence[Any], str], Iterator[Any]] | None = None,
+    ) -> None:
+        if not batches:
+            raise ValueError("There are no calibration batches.")
+        self.layers, self.batches = dict(layers), batches
+        run = step or functools.partial(call_forward, root)
+        # The model may change its input in place, and batches are read several times.
+        self.step: Callable[[Any], Any] = lambda batch: run(tree_map_only(Tensor, torch.clone, batch))
+        self.memory_budget = memory_budget
+        self.progress = progress or (lambda batches, _: iter(batches))
+
+    def plan(self) -> CalibrationPlan:
+        """Run the first batch and decide which layers share a Hessian and which are calibrated together.
+
+        With several processes, what the first one sees decides for all.
+        """
+        plan = [self._plan()]
+        if _is_distributed():
+            torch.distributed.broadcast_object_list(plan, src=0)
+        return plan[0]
+
+    def _plan(self) -> CalibrationPlan:
+        calls = _Calls()
+        with self._hooks(calls.add):
+            self.step(self.batches[0])
+        by_input: dict[Any, list[str]] = defaultdict(list)
+        for name in self.layers:
+            seen = calls.identity(name)
+            by_input[(seen, num_groups(self.layers[name]), self._layout(name)) if seen else name].append(name)
+        groups = [tuple(names) for names in by_input.values()]
+        passes = self._pack(groups)
+        most = max(sum(self._num_bytes(names[0]) for names in some) for some in passes)
+        return CalibrationPlan(tuple(tuple(some) for some in passes), most)
+
+    def _pack(self, groups: Sequence[tuple[str, ...]]) -> list[list[tuple[str, ...]]]:
+        """Spread groups over as few passes as fit the budget: the largest first, each into the first that has room."""
+        sizes = {names: self._num_bytes(names[0]) for names in groups}
+        passes: list[list[tuple[str, ...]]] = []
+        used: list[int] = []
+        for names in sorted(groups, key=sizes.__getitem__, reverse=True):
+            fits = [index for index, total in enumerate(used) if total + sizes[names] <= self.memory_budget]
+            if not fits:
+                passes.append([])
+                used.append(0)
+            index = fits[0] if fits else -1
+            passes[index].append(names)
+            used[index] += sizes[names]
+        return passes
+
+    def _layout(self, name: str) -> Any:
+        module: Any = self.layers[name]
+        keys = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+        return tuple(getattr(module, key, None) for key in keys)
+
+    def _num_bytes(self, name: str) -> int:
+        module = self.layers[name]
+        return 4 * num_groups(module) * _in_features(module) ** 2
+
+    def collect(self, plan: CalibrationPlan) -> Iterator[tuple[list[str], dict[str, LayerStats]]]:
+        """Yield the layers of each pass and their statistics, which are freed when the caller drops them.
+
+        A layer that saw no token has no statistics.
+        """
+        for index, groups in enumerate(plan.passes):
+            label = "Calibrating" if len(plan.passes) == 1 else f"Calibrating, pass {index + 1} of {len(plan.passes)}"
+            accumulators, broken = self._one_pass(groups, label)
+            yield self._finish(accumulators)
+            del accumulators
+            for some in self._pack([(name,) for names in broken for name in names]):
+                accumulators, _ = self._one_pass(some, f"{label}, inputs that are not shared after all")
+                yield self._finish(accumulators)
+                del accumulators
+
+    def _finish(self, accumulators: Iterable[_Accumulator]) -> tuple[list[str], dict[str, LayerStats]]:
+        names, stats = [], {}
+        for accumulator in accumulators:
+            names += accumulator.names
+            found = accumulator.stats(self.layers[accumulator.names[0]])
+            if found is not None:
+                stats.update(dict.fromkeys(accumulator.names, found))
+        return names, stats
+
+    def _one_pass(
+        self, groups: Sequence[tuple[str, ...]], label: str
+    ) -> tuple[list[_Accumulator], list[tuple[str, ...]]]:
+        """Return the sums over all batches, and the groups left out since their layers do not share their input."""
+        accumulators = {names: _Accumulator(list(names)) for names in groups}
+        leaders = {names[0]: accumulator for names, accumulator in accumulators.items()}
+        shared = [names for names in groups if len(names) > 1]
+        checked = {name for names in shared for name in names}
+        broken: set[tuple[str, ...]] = set()
+        for batch in self.progress(self.batches, label):
+            calls, mask = _Calls(), _find_mask(batch)
+
+            def see(name: str, x: Tensor, calls: _Calls = calls, mask: Tensor | None = mask) -> None:
+                if name in checked:
+                    calls.add(name, x)
+                if name in leaders:
+                    leaders[name].add(token_matrix(self.layers[name], x, mask))
+
+            with self._hooks(see, {name for names in groups for name in names}):
+                self.step(batch)
+            broken.update(names for names in shared if len({calls.identity(name) for name in names}) > 1)
+        left_out = _of_any_process(broken)
+        return [each for names, each in accumulators.items() if names not in left_out], sorted(left_out)
+
+    @contextmanager
+    def _hooks(self, see: Callable[[str, Tensor], None], names: set[str] | None = None) -> Iterator[None]:
+        def make_hook(name: str) -> Callable[..., None]:
+            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                see(name, args[0] if args else next(iter(kwargs.values())))
+
+            return hook
+
+        with ExitStack() as stack, torch.no_grad():
+            for name, module in self.layers.items():
+                if names is None or name in names:
+                    handle = module.register_forward_pre_hook(make_hook(name), with_kwargs=True)
+                    stack.callback(handle.remove)
+            yield
+
+
+def _in_features(module: nn.Module) -> int:
+    """Return ``I``, the number of columns of the weight's matrix."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0] if type(module).__name__ == "Conv1D" else weight[0].numel()
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def _is_distributed() -> bool:
+    return (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    )
+
+
+def _of_any_process(groups: set[tuple[str, ...]]) -> set[tuple[str, ...]]:
+    if not _is_distributed():
+        return groups
+    everywhere: list[set[tuple[str, ...]]] = [set()] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, groups)
+    return set().union(*everywhere)
+
+
+@contextmanager
+def evaluation_mode(root: nn.Module) -> Iterator[None]:
+    """Put ``root`` into evaluation mode, and each of its modules back into its own afterwards."""
+    modes = [(module, module.training) for module in root.modules()]
+    root.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def call_forward(root: nn.Module, batch: Any) -> Any:
+    """Call ``root`` on what its ``forward`` takes from a batch.
+
+    Of a mapping it takes the entries that are its parameters, of a sequence as many entries as it has
+    parameters without a default (all if it has ``*args``), anything else as it is.
+    """
+    kinds = {p.kind for p in inspect.signature(root.forward).parameters.values()}
+    if isinstance(batch, (tuple, list)) and inspect.Parameter.VAR_POSITIONAL in kinds:
+        return root(*batch)
+    parameters = [p for p in inspect.signature(root.forward).parameters.values() if p.kind is not p.VAR_POSITIONAL]
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    names = [p.name for p in parameters]
+    if isinstance(batch, Mapping) and (takes_all or set(names).intersection(batch)):
+        return root(**{key: value for key, value in batch.items() if takes_all or key in names})
+    if isinstance(batch, (tuple, list)):
+        num_required = sum(p.default is p.empty and p.kind is not p.VAR_KEYWORD for p in parameters)
+        return root(*batch[: max(num_required, 1)])
+    return root(batch)
+
+
+def _find_mask(batch: Any) -> Tensor | None:
+    """Return the attention mask of a batch, ``[B, T]``, True where a token counts."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
