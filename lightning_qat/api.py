@@ -146,6 +146,8 @@ def quantize_model(
         ValueError: If an argument is not valid or does not fit the model, a layer saw no token, or inputs were
             NaN or infinite; layers are named.
     """
+    if isinstance(batches, (Mapping, torch.Tensor, str)):
+        raise TypeError("batches must be several batches, such as [batch] or a loader.")
     widths = _widths(bits, scheme)
     plan = make_plan(
         model,

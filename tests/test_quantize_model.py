@@ -181,6 +181,18 @@ def test_inputs_are_quantized_as_the_scheme_says():
     assert not torch.equal(model(x), nn.functional.linear(x, model[0].weight, model[0].bias))
 
 
+def test_results_that_do_not_exist_or_fit_are_refused():
+    model = nn.Sequential(nn.Linear(8, 8))
+    results = quantize_model(model, [], methods="rtn", bits=(4, 3), progress=False)
+    assert results.apply(model, "rtn", 4) is model
+    with pytest.raises(ValueError, match=r"no result of 'gptq' at 3 bits; there are \('rtn', 4\), \('rtn', 3\)"):
+        results.apply(model, "gptq", 3)
+    with pytest.raises(ValueError, match="not the one that was quantized: it has no 0"):
+        results.apply(nn.ModuleDict({"other": nn.Linear(8, 8)}), "rtn", 4)
+    with pytest.raises(TypeError, match="several batches"):
+        quantize_model(model, {"x": torch.randn(4, 8)}, bits=4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -72,6 +72,10 @@ def check_positive(value: Any, name: str, kind: Any = Real) -> None:
         raise ValueError(f"{name}={value} must be positive and finite; leave it out for the default.")
 
 
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
 def read_bits(bits: float | Sequence[float] | None, name: str) -> tuple[float, ...] | None:
     """Return one or several widths as a tuple; None stays None.
 
@@ -80,8 +84,8 @@ def read_bits(bits: float | Sequence[float] | None, name: str) -> tuple[float, .
     """
     if bits is None:
         return None
-    widths = tuple(bits) if isinstance(bits, Sequence) else (bits,)
+    widths = tuple(bits) if isinstance(bits, Iterable) else (bits,)
     allowed = sorted(set(WIDTHS) - {PASS_THROUGH_BITS})
-    if not widths or not set(widths) <= set(allowed) or len(set(widths)) < len(widths):
+    if not widths or True in map(_is_bool, widths) or not set(widths) <= set(allowed) or len(set(widths)) < len(widths):
         raise ValueError(f"{name}={bits!r} must be one or more different widths out of {allowed}.")
     return widths

@@ -15,13 +15,21 @@ from rich.console import Console
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_qat.callbacks.arguments import read_bits
+from lightning_qat.callbacks.arguments import check_positive, read_bits
 from lightning_qat.callbacks.capture import BatchCapture
 from lightning_qat.callbacks.errors import QATConfigurationError, as_configuration_error
 from lightning_qat.callbacks.evaluation import copy_module, is_last_validation, validation_loaders, weights_of
 from lightning_qat.callbacks.isolation import isolate_randomness
 from lightning_qat.callbacks.ptq_baseline import Baseline
-from lightning_qat.callbacks.ptq_report import GAP_PREFIX, QAT, Score, name_figures, print_scores, publish_missing
+from lightning_qat.callbacks.ptq_report import (
+    GAP_PREFIX,
+    QAT,
+    Score,
+    check_monitors,
+    name_figures,
+    print_scores,
+    publish_missing,
+)
 from lightning_qat.callbacks.ptq_scoring import live_score, quantize_copy, score_results
 from lightning_qat.core import PASS_THROUGH_BITS, Observer, PTQMethod
 from lightning_qat.core.registry import build
@@ -55,17 +63,18 @@ class PTQCallback(pl.Callback):
     quantization. It is calibrated on copies of the first training batches, and scored by the module's own
     validation loop. Training goes on as if nothing had happened, to the bit.
 
-    Metrics appear as ``ptq/<method>_w<bits>/<metric>``, and at the width that QAT is at as
-    ``ptq/current/<method>/<metric>``: in the loggers, and in ``trainer.callback_metrics`` for callbacks that
-    monitor them and are listed later. Beside ``QATCallback`` the prefix is ``ptq_of_latent``: the weights under
-    fake quantization are not those of a float run, and their quantization is not the baseline to compare with.
+    Metrics appear as ``ptq/<method>_w<bits>/<metric>``, and at the width that QAT is at (without QAT, or if that
+    is not among ``bits``, at the smallest) as ``ptq/current/<method>/<metric>``: in the loggers, and in
+    ``trainer.callback_metrics`` for callbacks that monitor them and are listed later. Beside ``QATCallback`` the
+    prefix is ``ptq_of_latent``: the weights under fake quantization are not those of a float run, and their
+    quantization is not the baseline to compare with.
 
     Args:
         methods: ``"rtn"``, ``"imatrix"``, ``"awq"``, ``"gptq"``, mappings with ``name`` and arguments, or methods
             by the names they shall have.
         bits: Width or widths. Default: the one that ``QATCallback`` is at, or that of ``scheme``.
         final_bits: Widths of the last validation of a fit instead, if that is known to be the last: at ``max_steps``,
-            at the end of the last epoch, or when training is told to stop.
+            or at the end of the last epoch.
         scheme: Scheme or rules at the smallest width, as in ``QATCallback``, whose own are used where it is
             there. Default: symmetric per channel at the smallest of ``bits``.
         ignore: Modules that stay in float.
@@ -135,6 +144,7 @@ class PTQCallback(pl.Callback):
         self.baseline = None if baseline is None else Baseline(baseline)
         self.results = results
         self.seed = seed
+        check_positive(memory_budget_gib, "memory_budget_gib")
         self.memory_budget = int(memory_budget_gib * GIB)
         self.unseen = unseen
         self.target_module = target_module
@@ -148,6 +158,13 @@ class PTQCallback(pl.Callback):
         self._has_swept_final_bits = False
 
     def _check_arguments(self, calibration_samples: int) -> None:
+        if self.calibration_data is not None and not isinstance(self.calibration_data, (list, tuple)):
+            raise TypeError("calibration_data must be a list of batches, such as list(loader).")
+        if self.calibration_data is not None and not self.calibration_data:
+            raise ValueError("calibration_data has no batches.")
+        seconds: Any = self.max_seconds
+        if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds >= 0):
+            raise ValueError(f"max_seconds={self.max_seconds!r} must be a number of seconds, 0 or more.")
         for name, value in (
             ("every_n_validations", self.every_n_validations),
             ("calibration_samples", calibration_samples),
@@ -186,9 +203,21 @@ class PTQCallback(pl.Callback):
         """Make a plan for the model, so that what does not fit is refused before training."""
         with as_configuration_error():
             self._plan(pl_module, self._widths(pl_module) + (self.final_bits or ()))
+        is_qat = bool(quantized_layers(pl_module))
+        widths = None if is_qat and self.bits is None else (*self._widths(pl_module), *(self.final_bits or ()))
+        check_monitors(trainer, is_qat, self.methods, widths)
+        self._check_forward(pl_module)
         copy_module(pl_module, {id(weight): weight for weight in weights_of(pl_module)})  # or say that it cannot be
         self._has_swept_final_bits = False
         self._capture = BatchCapture(self._capture.num_samples)
+
+    def _check_forward(self, pl_module: pl.LightningModule) -> None:
+        has_forward = type(pl_module).forward not in (pl.LightningModule.forward, nn.Module.forward)
+        if self._needs_calibration and not has_forward and not hasattr(pl_module, "calibration_step"):
+            raise QATConfigurationError(
+                f"{type(pl_module).__name__} has no forward to calibrate with. Give it a method "
+                "calibration_step(self, batch) that runs the model on a training batch."
+            )
 
     def _widths(self, pl_module: pl.LightningModule) -> tuple[float, ...]:
         if self.bits is not None:
@@ -198,7 +227,8 @@ class PTQCallback(pl.Callback):
             return (current,) if current != PASS_THROUGH_BITS else ()
         if self.rules is None:
             raise QATConfigurationError(
-                "PTQCallback knows no width: give bits, such as bits=(8, 4), or a scheme, or use it with QATCallback."
+                "PTQCallback knows no width: give bits, such as bits=(8, 4), or a scheme, or use it with QATCallback. "
+                "(final_bits are for the last validation alone.)"
             )
         return (min(rule.scheme.final_bits for rule in self.rules if rule.scheme is not None),)
 
@@ -266,7 +296,7 @@ class PTQCallback(pl.Callback):
                 rank_zero_warn("PTQCallback has seen no training batch yet, and leaves this validation out.")
             else:
                 self._run(trainer, pl_module, shell, validated, list(batches), widths)
-        publish_missing(trainer)
+        publish_missing(trainer, self.scores[-1].metrics if self.scores else ())
 
     def _widths_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[float, ...]:
         """Return the widths of this validation; none before fake quantization has started."""
@@ -316,7 +346,8 @@ class PTQCallback(pl.Callback):
         if is_qat and scores:
             scores.insert(0, live_score(trainer, pl_module, {name for score in scores for name in score.metrics}))
         if scores:
-            self._publish(trainer, scores, min(self._widths(pl_module), default=None))
+            current = scores[0].num_bits if is_qat and scores[0].num_bits in widths else min(self._widths(pl_module))
+            self._publish(trainer, scores, current)
             self._report(trainer, scores, results)
 
     # ------------------------------------------------------------------------------------------------ reporting

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from lightning_qat.callbacks.errors import QATConfigurationError
+from lightning_qat.core import WIDTHS
 from lightning_qat.nn.bits import BitReport
 from lightning_qat.nn.sweep import PTQResults
 from lightning_qat.records import EvalRecord
@@ -84,15 +86,56 @@ def name_figures(scores: Sequence[Score], current_bits: float | None) -> dict[st
     return figures
 
 
-def publish_missing(trainer: Any) -> None:
-    """Give monitored metrics that do not exist yet the worst value there is: without one, Lightning ends the fit."""
-    for callback in trainer.callbacks:
-        monitor = getattr(callback, "monitor", None)
-        is_ours = isinstance(monitor, str) and monitor.startswith(("ptq/", f"{OF_LATENT}/", GAP_PREFIX))
-        if is_ours and monitor not in trainer.callback_metrics:
+def our_monitors(trainer: Any) -> dict[str, str]:
+    """Return the metrics of ours that callbacks or learning rate schedulers monitor, with their mode."""
+    watching = [(getattr(each, "monitor", None), getattr(each, "mode", "min")) for each in trainer.callbacks]
+    configs = trainer.lr_scheduler_configs
+    watching += [(config.monitor, getattr(config.scheduler, "mode", "min")) for config in configs]
+    ours = ("ptq/", f"{OF_LATENT}/", GAP_PREFIX)
+    return {name: mode for name, mode in watching if isinstance(name, str) and name.startswith(ours)}
+
+
+def check_monitors(trainer: Any, is_qat: bool, methods: Iterable[str], bits: Iterable[float] | None) -> None:
+    """Check that what is monitored can exist; whether validation logs the metric, only it can tell.
+
+    Args:
+        trainer: The Trainer.
+        is_qat: Whether QATCallback is there.
+        methods: Names of the methods.
+        bits: The widths that will be scored, or None if they are those of QAT.
+
+    Raises:
+        QATConfigurationError: If it cannot.
+    """
+    prefix = OF_LATENT if is_qat else "ptq"
+    widths = WIDTHS[:-1] if bits is None else sorted(set(bits))
+    names = [f"{prefix}/current/{method}/" for method in methods]
+    names += [f"{prefix}/{method}_w{width:g}/" for method in methods for width in widths]
+    for monitor in our_monitors(trainer):
+        if not monitor.startswith((GAP_PREFIX, *names)):
+            raise QATConfigurationError(
+                f"{monitor!r} is monitored, but PTQCallback logs no such metric. Its metrics begin with one of "
+                f"{', '.join(names)}."
+            )
+
+
+def publish_missing(trainer: Any, metrics: Iterable[str]) -> None:
+    """Give monitored metrics that do not exist yet the worst value there is: without one, Lightning ends the fit.
+
+    Args:
+        trainer: The Trainer.
+        metrics: The metrics that validation has logged, if any variant was scored.
+
+    Raises:
+        QATConfigurationError: If one can never exist, since validation does not log it.
+    """
+    logged = list(metrics)
+    for monitor, mode in our_monitors(trainer).items():
+        if logged and not monitor.endswith(tuple(f"/{name}" for name in logged)):
+            raise QATConfigurationError(f"{monitor!r} is monitored, but validation logs only {', '.join(logged)}.")
+        if monitor not in trainer.callback_metrics:
             worst = torch.finfo(torch.float32).max
-            value = worst if getattr(callback, "mode", "min") == "min" else -worst
-            trainer.callback_metrics[monitor] = torch.tensor(value)
+            trainer.callback_metrics[monitor] = torch.tensor(worst if mode == "min" else -worst)
 
 
 def print_scores(console: Console, scores: Sequence[Score], results: PTQResults, step: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -14,6 +14,8 @@ from lightning_qat.nn.calibrate import GIB, CalibrationPlan, Calibrator
 from lightning_qat.nn.convert import load_quantized_weights
 from lightning_qat.nn.plan import Plan, PlannedLayer
 from lightning_qat.ptq.engine import LayerReport, quantize_layer
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 @dataclass
@@ -46,8 +48,8 @@ class PTQResults:
         """Return the wall time of ``method`` at ``num_bits`` over all layers, calibration not counted."""
         return sum(r.seconds for r in self.reports if (r.method, r.rung) == (method, num_bits))
 
-    def apply(self, root: nn.Module, method: str, num_bits: float) -> None:
-        """Put what ``method`` found at ``num_bits`` into ``root``, in place.
+    def apply(self, root: ModuleT, method: str, num_bits: float) -> ModuleT:
+        """Put what ``method`` found at ``num_bits`` into ``root``, in place, and return it.
 
         Weights become their dequantized values, inputs are fake-quantized if the scheme says so;
         :func:`~lightning_qat.nn.restore_float` then leaves a plain model with these weights.
@@ -58,9 +60,18 @@ class PTQResults:
             num_bits: One of ``bits``.
 
         Raises:
-            KeyError: If there is no such result.
+            ValueError: If there is no such result, or ``root`` is another model.
         """
+        if (method, num_bits) not in self.weights:
+            known = ", ".join(f"({name!r}, {width:g})" for name, width in self.weights)
+            raise ValueError(f"There is no result of {method!r} at {num_bits!r} bits; there are {known}.")
+        missing = {layer.name for layer in self.plan.layers} - {name for name, _ in root.named_modules()}
+        if missing:
+            raise ValueError(
+                f"The model is not the one that was quantized: it has no {', '.join(sorted(missing)[:3])}."
+            )
         load_quantized_weights(root, self.plan, self.weights[method, num_bits], num_bits)
+        return root
 
 
 def sweep(

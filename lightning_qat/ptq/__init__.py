@@ -32,7 +32,9 @@ def build_methods(spec: Sequence[str | Mapping[str, Any]] | Mapping[str, PTQMeth
 
 
 def _name(entry: str | Mapping[str, Any]) -> str:
-    return entry if isinstance(entry, str) else str(entry.get("name"))
+    if isinstance(entry, str) or (isinstance(entry, Mapping) and "name" in entry):
+        return entry if isinstance(entry, str) else str(entry["name"])
+    raise TypeError(f"A method is a name or a mapping with a 'name', got {entry!r}. Known: {', '.join(PTQ_METHODS)}.")
 
 
 __all__ = ["AWQ", "GPTQ", "PTQ_METHODS", "RTN", "IMatrix", "build_methods"]

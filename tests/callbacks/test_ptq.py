@@ -521,6 +521,64 @@ def test_a_monitored_metric_may_come_late(mode, schedule, tmp_path):
     assert float(monitors[0].best_model_score) in [score.metrics["val_loss"] for score in ptq.scores]
 
 
+@pytest.mark.parametrize(
+    ("monitor", "with_qat", "message"),
+    [
+        ("ptq/gptq_w4/val_loss", False, "logs no such metric. Its metrics begin with one of ptq/current/rtn/"),
+        ("ptq/rtn_w3/val_loss", False, "logs no such metric"),
+        ("ptq/rtn_w4/val_loss", True, "logs no such metric.* ptq_of_latent/current/rtn/"),
+        ("ptq/rtn_w4/loss", False, "validation logs only val_loss, val_metric"),
+    ],
+)
+def test_monitoring_what_never_exists_is_refused(monitor, with_qat, message, tmp_path):
+    qat = [QATCallback("w4")] if with_qat else []
+    stopping = pl_callbacks.EarlyStopping(monitor)
+    with pytest.raises(QATConfigurationError, match=message):
+        run(tmp_path, *qat, PTQCallback("rtn", bits=4), stopping, make=quiet_loaders)
+
+
+def test_current_is_the_width_that_qat_is_at(tmp_path):
+    ptq = PTQCallback("rtn", bits=(8, 4, 2))
+    _, trainer, _ = run(tmp_path, QATCallback("w2", schedule=[8, 4, 2]), ptq, make=quiet_loaders, epochs=3)
+    with open(trainer.logger.experiment.metrics_file_path) as file:
+        rows = [row for row in csv.DictReader(file) if row.get("ptq_of_latent/current/rtn/val_loss")]
+    for row, width in zip(rows, (8, 4, 2), strict=True):
+        assert row["ptq_of_latent/current/rtn/val_loss"] == row[f"ptq_of_latent/rtn_w{width}/val_loss"]
+
+
+def test_a_scheduler_may_monitor_a_metric_that_comes_late(tmp_path):
+    class Plateau(Task):
+        def configure_optimizers(self):
+            optimizer = super().configure_optimizers()
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return [optimizer], [{"scheduler": scheduler, "monitor": "ptq/rtn_w4/val_loss"}]
+
+    ptq = PTQCallback("rtn", bits=4, every_n_validations=2)
+    run(tmp_path, ptq, make=quiet_loaders, task=Plateau, epochs=3)
+    assert len(ptq.scores) == 1
+
+
+def test_a_module_without_forward_needs_a_calibration_step(tmp_path):
+    class NoForward(Task):
+        forward = pl.LightningModule.forward
+
+    with pytest.raises(QATConfigurationError, match=r"NoForward has no forward .* calibration_step\(self, batch\)"):
+        run(tmp_path, PTQCallback("gptq", bits=4), make=quiet_loaders, task=NoForward, num_sanity_val_steps=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"calibration_data": iter([1])}, "must be a list of batches"),
+        ({"memory_budget_gib": "4"}, "memory_budget_gib='4' must be a number"),
+        ({"methods": ("rtn", 3)}, "a name or a mapping with a 'name', got 3"),
+    ],
+)
+def test_wrong_types_are_refused_at_once(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        PTQCallback(**arguments)
+
+
 def test_bits_may_be_below_those_of_qat_but_not_below_a_scheme(tmp_path):
     ptq = PTQCallback("rtn", bits=(4, 2))
     rules = [{"target": "*", "scheme": "w4"}, {"target": "net.3", "scheme": "w8"}]
@@ -591,6 +649,9 @@ def test_an_error_in_the_pass_leaves_the_trainer_as_it_was(tmp_path):
         ({"every_n_validations": 0}, "every_n_validations=0 must be a whole number"),
         ({"calibration_samples": 2.5}, "calibration_samples=2.5 must be a whole number"),
         ({"mode": "lower"}, "must be 'min' or 'max'"),
+        ({"bits": True}, "must be one or more different widths"),
+        ({"calibration_data": []}, "calibration_data has no batches"),
+        ({"max_seconds": "5"}, "max_seconds='5' must be a number of seconds"),
         ({"unseen": "skip"}, "must be 'error' or 'rtn'"),
     ],
 )
