@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 from rich.console import Console
-from rich.progress import track
 from torch import nn
 
-from lightning_qat.core import PASS_THROUGH_BITS, WIDTHS, GradientEstimator, Observer, PTQMethod, QuantScheme
+from lightning_qat.core import GradientEstimator, Observer, PTQMethod
 from lightning_qat.core.registry import build
 from lightning_qat.nn import (
     PatternsLike,
     QATLayer,
+    Rule,
     RulesLike,
     check_finite,
     check_mapping,
-    make_plan,
+    find_final_bits,
     parse_patterns,
     parse_rules,
 )
-from lightning_qat.nn.calibrate import GIB, evaluation_mode
+from lightning_qat.nn.calibrate import GIB
+from lightning_qat.nn.forward import evaluation_mode
 from lightning_qat.nn.state import STATE_KEY, rebuild
 from lightning_qat.nn.sweep import PTQResults, sweep
+from lightning_qat.nn.sweep_plan import plan_sweep, progress_bar, read_bits
 from lightning_qat.observers import OBSERVERS
 from lightning_qat.ptq import build_methods
 
@@ -148,17 +149,10 @@ def quantize_model(
     """
     if isinstance(batches, (Mapping, torch.Tensor, str)):
         raise TypeError("batches must be several batches, such as [batch] or a loader.")
-    widths = _widths(bits, scheme)
-    plan = make_plan(
-        model,
-        parse_rules(scheme if scheme is not None else QuantScheme(min(widths))),
-        parse_patterns(ignore),
-        target_module,
-        check_mapping(mapping),
-        include_frozen=True,
-    )
+    rules = None if scheme is None else parse_rules(scheme)
+    widths = read_bits(bits, "bits") or _widths_of(rules)
+    plan = plan_sweep(model, widths, rules, parse_patterns(ignore), target_module, check_mapping(mapping))
     check_finite({layer.name: layer.weight for layer in plan.layers})
-    console = Console(stderr=True)
     with evaluation_mode(model):
         return sweep(
             model,
@@ -170,25 +164,12 @@ def quantize_model(
             step=step,
             memory_budget=int(memory_budget_gib * GIB),
             unseen=unseen,
-            progress=functools.partial(_bar, console) if progress else None,
-            tell=console.print if progress else None,
+            progress=progress_bar if progress else None,
+            tell=Console(stderr=True).print if progress else None,
         )
 
 
-def _widths(bits: float | Sequence[float] | None, scheme: RulesLike | None) -> tuple[float, ...]:
-    finals = [] if scheme is None else [rule.scheme.final_bits for rule in parse_rules(scheme) if rule.scheme]
-    if bits is None and not finals:
+def _widths_of(rules: Sequence[Rule] | None) -> tuple[float, ...]:
+    if rules is None:
         raise ValueError("Give bits, such as bits=(8, 4, 3), or a scheme, such as scheme='w4g128'.")
-    widths = (min(finals),) if bits is None else tuple(bits) if isinstance(bits, Iterable) else (bits,)
-    if not widths or len(set(widths)) < len(widths) or not set(widths) <= set(WIDTHS) - {PASS_THROUGH_BITS}:
-        raise ValueError(f"bits={bits!r} must be one or more different widths out of {WIDTHS[:-1]}.")
-    if finals and min(widths) < min(finals):
-        raise ValueError(
-            f"bits={min(widths):g} is narrower than the scheme, {min(finals):g} bits. Give the scheme at the smallest "
-            "width; a wider one follows from it."
-        )
-    return widths
-
-
-def _bar(console: Console, batches: Sequence[Any], label: str) -> Iterator[Any]:
-    yield from track(batches, label, console=console, transient=True)
+    return (find_final_bits(rules),)

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_qat.callbacks.errors import QATConfigurationError
+from lightning_qat.callbacks.ptq_report import has_one_width
 
 # WeightAveraging came with Lightning 2.6.
 _AVERAGING = tuple(
@@ -53,22 +54,17 @@ def warn_of_monitors(callbacks: Sequence[pl.Callback], num_rungs: int) -> None:
         if isinstance(callback, pl_callbacks.ModelCheckpoint):
             monitor = callback.monitor or ""
             keeps_best = (
-                monitor != "" and not _has_one_width(monitor) and callback.save_top_k != 0 and not callback.save_last
+                monitor != "" and not has_one_width(monitor) and callback.save_top_k != 0 and not callback.save_last
             )
             remedy = "Add save_last=True and use ckpt_path='last', or monitor a run on the last rung alone."
         else:
-            keeps_best = isinstance(callback, pl_callbacks.EarlyStopping) and not _has_one_width(callback.monitor)
+            keeps_best = isinstance(callback, pl_callbacks.EarlyStopping) and not has_one_width(callback.monitor)
             remedy = "It may stop the run as a rung begins; give it patience for a rung, or leave it out."
         if keeps_best:
             rank_zero_warn(
                 f"{type(callback).__name__} monitors {callback.monitor!r}, whose best value an annealed run has on a "  # type: ignore[attr-defined]
                 f"wide rung, not at the final width. {remedy}"
             )
-
-
-def _has_one_width(monitor: str) -> bool:
-    """Return whether a metric of PTQCallback is of one width throughout."""
-    return monitor.startswith(("ptq/", "ptq_of_latent/")) and "/current/" not in monitor
 
 
 def warn_of_other_scale_lr(scales: Mapping[str, nn.Parameter], optimizers: Sequence[Any], scale_lr: float) -> None:

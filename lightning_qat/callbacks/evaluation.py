@@ -18,7 +18,7 @@ from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
 from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
@@ -26,9 +26,23 @@ from lightning_qat.callbacks.errors import QATConfigurationError
 from lightning_qat.callbacks.isolation import isolate_randomness
 
 
-def weights_of(pl_module: pl.LightningModule) -> list[Tensor]:
-    """Return all parameters and buffers of a module."""
+def copy_shell(pl_module: pl.LightningModule) -> pl.LightningModule:
+    """Return a copy of all but the parameters and buffers, which it shares; see :func:`copy_module`."""
+    return copy_module(pl_module, {id(weight): weight for weight in _weights_of(pl_module)})
+
+
+def copy_weights(pl_module: pl.LightningModule) -> dict[int, Tensor]:
+    """Return copies of all parameters and buffers, by the ``id`` of the originals."""
+    return {id(weight): _clone(weight) for weight in _weights_of(pl_module)}
+
+
+def _weights_of(pl_module: pl.LightningModule) -> list[Tensor]:
     return [*pl_module.parameters(), *pl_module.buffers()]
+
+
+def _clone(weight: Tensor) -> Tensor:
+    copied = weight.detach().clone()
+    return nn.Parameter(copied, requires_grad=weight.requires_grad) if isinstance(weight, nn.Parameter) else copied
 
 
 def copy_module(pl_module: pl.LightningModule, weights: Mapping[int, Tensor]) -> pl.LightningModule:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,10 +14,17 @@ from rich.console import Console
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_qat.callbacks.arguments import check_positive, read_bits
+from lightning_qat.callbacks.arguments import check_positive
 from lightning_qat.callbacks.capture import BatchCapture
+from lightning_qat.callbacks.control import current_bits
 from lightning_qat.callbacks.errors import QATConfigurationError, as_configuration_error
-from lightning_qat.callbacks.evaluation import copy_module, is_last_validation, validation_loaders, weights_of
+from lightning_qat.callbacks.evaluation import (
+    copy_module,
+    copy_shell,
+    copy_weights,
+    is_last_validation,
+    validation_loaders,
+)
 from lightning_qat.callbacks.isolation import isolate_randomness
 from lightning_qat.callbacks.ptq_baseline import Baseline
 from lightning_qat.callbacks.ptq_report import (
@@ -31,6 +37,7 @@ from lightning_qat.callbacks.ptq_report import (
     publish_missing,
 )
 from lightning_qat.callbacks.ptq_scoring import live_score, quantize_copy, score_results
+from lightning_qat.callbacks.publish import publish
 from lightning_qat.core import PASS_THROUGH_BITS, Observer, PTQMethod
 from lightning_qat.core.registry import build
 from lightning_qat.nn import (
@@ -40,7 +47,7 @@ from lightning_qat.nn import (
     RulesLike,
     check_finite,
     check_mapping,
-    make_plan,
+    find_final_bits,
     parse_patterns,
     parse_rules,
     quantized_layers,
@@ -49,6 +56,7 @@ from lightning_qat.nn import (
 from lightning_qat.nn.calibrate import GIB
 from lightning_qat.nn.plan import plan_as_prepared
 from lightning_qat.nn.sweep import PTQResults
+from lightning_qat.nn.sweep_plan import plan_sweep, read_bits
 from lightning_qat.observers import OBSERVERS
 from lightning_qat.ptq import build_methods
 from lightning_qat.records import append_record
@@ -201,13 +209,12 @@ class PTQCallback(pl.Callback):
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make a plan for the model, so that what does not fit is refused before training."""
-        with as_configuration_error():
-            self._plan(pl_module, self._widths(pl_module) + (self.final_bits or ()))
+        self._plan(pl_module, self._widths(pl_module) + (self.final_bits or ()))
         is_qat = bool(quantized_layers(pl_module))
         widths = None if is_qat and self.bits is None else (*self._widths(pl_module), *(self.final_bits or ()))
         check_monitors(trainer, is_qat, self.methods, widths)
         self._check_forward(pl_module)
-        copy_module(pl_module, {id(weight): weight for weight in weights_of(pl_module)})  # or say that it cannot be
+        copy_shell(pl_module)  # or say that it cannot be copied
         self._has_swept_final_bits = False
         self._capture = BatchCapture(self._capture.num_samples)
 
@@ -222,27 +229,21 @@ class PTQCallback(pl.Callback):
     def _widths(self, pl_module: pl.LightningModule) -> tuple[float, ...]:
         if self.bits is not None:
             return self.bits
-        if layers := quantized_layers(pl_module):
-            current = min(layer.weight_fake_quant.num_bits for layer in layers.values())
+        if quantized_layers(pl_module):
+            current = current_bits(pl_module)
             return (current,) if current != PASS_THROUGH_BITS else ()
         if self.rules is None:
             raise QATConfigurationError(
                 "PTQCallback knows no width: give bits, such as bits=(8, 4), or a scheme, or use it with QATCallback. "
                 "(final_bits are for the last validation alone.)"
             )
-        return (min(rule.scheme.final_bits for rule in self.rules if rule.scheme is not None),)
+        return (find_final_bits(self.rules),)
 
     def _plan(self, module: nn.Module, widths: Sequence[float]) -> Plan:
         if quantized_layers(module):
             return plan_as_prepared(module, min(widths, default=PASS_THROUGH_BITS))
-        lowest = min((rule.scheme.final_bits for rule in self.rules or () if rule.scheme is not None), default=0)
-        if widths and min(widths) < lowest:
-            raise QATConfigurationError(
-                f"bits={min(widths):g} is narrower than the scheme, {lowest:g} bits. Give the scheme at the smallest "
-                "width; a wider one follows from it."
-            )
-        rules = self.rules or parse_rules(f"w{min(widths):g}")
-        return make_plan(module, rules, self.ignore, self.target_module, self.mapping, include_frozen=True)
+        with as_configuration_error():
+            return plan_sweep(module, widths, self.rules, self.ignore, self.target_module, self.mapping)
 
     @override
     def on_train_batch_start(
@@ -257,7 +258,7 @@ class PTQCallback(pl.Callback):
         """Copy all but the weights: by the end of validation, it has left its traces."""
         if not trainer.sanity_checking and self._is_due(self._num_validations + 1, trainer):
             with torch.inference_mode(False):
-                self._shell = copy_module(pl_module, {id(weight): weight for weight in weights_of(pl_module)})
+                self._shell = copy_shell(pl_module)
 
     def _is_due(self, num_validations: int, trainer: pl.Trainer) -> bool:
         return num_validations % self.every_n_validations == 0 or self._is_final(trainer)
@@ -277,7 +278,7 @@ class PTQCallback(pl.Callback):
         """Keep the weights of an average, which are gone by the end of validation."""
         is_first = batch_idx == 0 and dataloader_idx == 0 and self._shell is not None
         if is_first and any(isinstance(callback, _AVERAGING) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            self._validated = {id(weight): _clone(weight) for weight in weights_of(pl_module)}
+            self._validated = copy_weights(pl_module)
 
     # -------------------------------------------------------------------------------------------------- the pass
 
@@ -301,7 +302,7 @@ class PTQCallback(pl.Callback):
     def _widths_now(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[float, ...]:
         """Return the widths of this validation; none before fake quantization has started."""
         widths = self._widths(pl_module)
-        if self.final_bits is None or not is_last_validation(trainer):
+        if self.final_bits is None or not self._is_final(trainer):
             return widths
         self._has_swept_final_bits = True
         return tuple(dict.fromkeys((*self.final_bits, *widths)))  # with the width that callbacks monitor
@@ -326,19 +327,17 @@ class PTQCallback(pl.Callback):
     ) -> None:
         is_qat = bool(quantized_layers(pl_module))
         with torch.inference_mode(False), torch.no_grad(), isolate_randomness(validation_loaders(trainer)):
-            weights = validated or {id(weight): _clone(weight) for weight in weights_of(pl_module)}
+            weights = validated or copy_weights(pl_module)
 
             def make_twin() -> pl.LightningModule:
                 twin = copy_module(shell, weights)
                 restore_float(twin)
                 return twin
 
-            plan = self._plan(copy_module(shell, weights), widths)
+            twin = copy_module(shell, weights)
+            plan = self._plan(twin, widths)
+            restore_float(twin)
             check_finite({layer.name: layer.weight for layer in plan.layers})
-            twin = make_twin()
-            modules = dict(twin.named_modules())
-            layers = tuple(replace(layer, module=modules[layer.name]) for layer in plan.layers)
-            plan = replace(plan, layers=layers)
             results = quantize_copy(
                 trainer, twin, plan, batches, self.methods, widths, self.observer, self.memory_budget, self.unseen
             )
@@ -357,9 +356,7 @@ class PTQCallback(pl.Callback):
         if self.baseline is not None and scores[0].method == QAT:
             gaps = self.baseline.gaps(scores[0].metrics, scores[0].num_bits, trainer.global_step)
             figures.update({f"{GAP_PREFIX}{name}": gap for name, gap in gaps.items()})
-        for logger in trainer.loggers:
-            logger.log_metrics(figures, step=trainer.global_step)
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
+        publish(trainer, figures, trainer.global_step)
 
     @rank_zero_only
     def _report(self, trainer: pl.Trainer, scores: list[Score], results: PTQResults) -> None:
@@ -370,9 +367,3 @@ class PTQCallback(pl.Callback):
                 mode = self.mode.get(metric, "min") if isinstance(self.mode, Mapping) else self.mode
                 append_record(path, score.to_record(metric, mode == "max", trainer.global_step, self.seed))
         print_scores(Console(), scores, results, trainer.global_step)
-
-
-def _clone(weight: Tensor) -> Tensor:
-    """Return a copy that is a parameter if ``weight`` is one."""
-    copied = weight.detach().clone()
-    return nn.Parameter(copied, requires_grad=weight.requires_grad) if isinstance(weight, nn.Parameter) else copied

@@ -17,7 +17,7 @@ from lightning_qat.nn.sweep import PTQResults
 from lightning_qat.records import EvalRecord
 
 QAT = "qat"
-OF_LATENT = "ptq_of_latent"
+OF_FLOAT, OF_LATENT = "ptq", "ptq_of_latent"
 GAP_PREFIX = "gap_to_best_ptq/"
 
 
@@ -77,7 +77,7 @@ def name_figures(scores: Sequence[Score], current_bits: float | None) -> dict[st
     for score in scores:
         if score.method == QAT:
             continue
-        prefix = OF_LATENT if score.is_of_qat else "ptq"
+        prefix = OF_LATENT if score.is_of_qat else OF_FLOAT
         method = score.method.removeprefix(f"{OF_LATENT}/")
         for name, value in score.metrics.items():
             figures[f"{prefix}/{method}_w{score.num_bits:g}/{name}"] = value
@@ -91,8 +91,13 @@ def our_monitors(trainer: Any) -> dict[str, str]:
     watching = [(getattr(each, "monitor", None), getattr(each, "mode", "min")) for each in trainer.callbacks]
     configs = trainer.lr_scheduler_configs
     watching += [(config.monitor, getattr(config.scheduler, "mode", "min")) for config in configs]
-    ours = ("ptq/", f"{OF_LATENT}/", GAP_PREFIX)
+    ours = (f"{OF_FLOAT}/", f"{OF_LATENT}/", GAP_PREFIX)
     return {name: mode for name, mode in watching if isinstance(name, str) and name.startswith(ours)}
+
+
+def has_one_width(monitor: str) -> bool:
+    """Return whether a monitored metric is one of ours, and of one width throughout."""
+    return monitor.startswith((f"{OF_FLOAT}/", f"{OF_LATENT}/")) and "/current/" not in monitor
 
 
 def check_monitors(trainer: Any, is_qat: bool, methods: Iterable[str], bits: Iterable[float] | None) -> None:
@@ -107,7 +112,7 @@ def check_monitors(trainer: Any, is_qat: bool, methods: Iterable[str], bits: Ite
     Raises:
         QATConfigurationError: If it cannot.
     """
-    prefix = OF_LATENT if is_qat else "ptq"
+    prefix = OF_LATENT if is_qat else OF_FLOAT
     widths = WIDTHS[:-1] if bits is None else sorted(set(bits))
     names = [f"{prefix}/current/{method}/" for method in methods]
     names += [f"{prefix}/{method}_w{width:g}/" for method in methods for width in widths]

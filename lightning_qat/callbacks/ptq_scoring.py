@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_warn
-from rich.console import Console
-from rich.progress import track
 
+from lightning_qat.callbacks.control import current_bits
 from lightning_qat.callbacks.evaluation import validate_copy
 from lightning_qat.callbacks.ptq_report import OF_LATENT, QAT, Score
-from lightning_qat.core import Observer, PTQMethod
+from lightning_qat.core import Observer, PTQMethod, QuantScheme
 from lightning_qat.nn import Plan, quantized_layers
 from lightning_qat.nn.bits import bit_report
-from lightning_qat.nn.calibrate import call_forward, evaluation_mode
+from lightning_qat.nn.forward import call_forward, evaluation_mode
 from lightning_qat.nn.sweep import PTQResults, sweep
+from lightning_qat.nn.sweep_plan import progress_bar
 
 
 def quantize_copy(
@@ -54,7 +54,7 @@ def quantize_copy(
             step=step,
             memory_budget=memory_budget,
             unseen=unseen,
-            progress=_bar if trainer.is_global_zero else None,
+            progress=progress_bar if trainer.is_global_zero else None,
         )
 
 
@@ -81,8 +81,8 @@ def score_results(
         metrics = validate_copy(trainer, twin, limit_batches)
         seconds = time.perf_counter() - began + results.seconds(method, num_bits)
         name = f"{OF_LATENT}/{method}" if is_of_qat else method
-        schemes = sorted({str(layer.scheme.at(num_bits)) for layer in results.plan.layers})
-        scores.append(Score(name, num_bits, ", ".join(schemes), bits, metrics, seconds))
+        schemes = _name_schemes(layer.scheme.at(num_bits) for layer in results.plan.layers)
+        scores.append(Score(name, num_bits, schemes, bits, metrics, seconds))
     if left_out:
         rank_zero_warn(f"PTQCallback ran out of max_seconds={max_seconds} before {', '.join(left_out)}.")
     return scores
@@ -91,11 +91,10 @@ def score_results(
 def live_score(trainer: pl.Trainer, pl_module: pl.LightningModule, names: set[str]) -> Score:
     """Return the score of the fake-quantized model that was just validated, with the metrics in ``names``."""
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name in names}
-    layers = quantized_layers(pl_module).values()
-    num_bits = min(layer.weight_fake_quant.num_bits for layer in layers)
-    schemes = sorted({str(layer.weight_fake_quant.rung_scheme) for layer in layers})
-    return Score(QAT, num_bits, ", ".join(schemes), bit_report(pl_module, num_bits), metrics, 0.0)
+    num_bits = current_bits(pl_module)
+    schemes = _name_schemes(layer.weight_fake_quant.rung_scheme for layer in quantized_layers(pl_module).values())
+    return Score(QAT, num_bits, schemes, bit_report(pl_module, num_bits), metrics, 0.0)
 
 
-def _bar(batches: Sequence[Any], label: str) -> Iterator[Any]:
-    yield from track(batches, label, console=Console(stderr=True), transient=True)
+def _name_schemes(schemes: Iterable[QuantScheme]) -> str:
+    return ", ".join(sorted({str(scheme) for scheme in schemes}))

@@ -9,13 +9,12 @@ from numbers import Integral
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_qat.callbacks.arguments import build_schedule, check_positive, find_final_bits
+from lightning_qat.callbacks.arguments import build_schedule, check_positive
 from lightning_qat.callbacks.bypass import BypassCheck
 from lightning_qat.callbacks.checks import (
     check_callbacks,
@@ -29,6 +28,7 @@ from lightning_qat.callbacks.errors import QATConfigurationError, as_configurati
 from lightning_qat.callbacks.health import HealthMonitor
 from lightning_qat.callbacks.hooks import remove_patch, run_around, separate_param_group
 from lightning_qat.callbacks.portable import restore_quantizers, store_quantizers
+from lightning_qat.callbacks.publish import publish
 from lightning_qat.callbacks.summary import print_summary
 from lightning_qat.callbacks.timeline import Timeline, check_position, make_timeline, resolve
 from lightning_qat.core import GradientEstimator, Observer, Schedule
@@ -41,6 +41,7 @@ from lightning_qat.nn import (
     RulesLike,
     check_finite,
     check_mapping,
+    find_final_bits,
     parse_patterns,
     parse_rules,
     prepare,
@@ -235,13 +236,13 @@ class QATCallback(pl.Callback):
         step = trainer.global_step
         if step == self._last_step:  # another batch of the same accumulation
             return
-        before = mean_bits(pl_module)
+        is_first, self._last_step = self._last_step is None, step
+        restored_bits = mean_bits(pl_module) if is_first and self._is_restored else None
         advance(pl_module, self.timeline, step, trainer.optimizers)
-        if self._last_step is None:
+        if is_first:
             self._bypass.start(pl_module)
-            if self._is_restored:
-                warn_if_wider(before, mean_bits(pl_module))
-        self._last_step = step
+        if restored_bits is not None:
+            warn_if_wider(restored_bits, mean_bits(pl_module))
 
     @override
     def on_before_optimizer_step(
@@ -268,9 +269,7 @@ class QATCallback(pl.Callback):
             return
         figures = {f"qat/{name}": value for name, value in self._health.measure(pl_module).items()}
         figures["qat/num_bits"] = mean_bits(pl_module)
-        for logger in trainer.loggers:
-            logger.log_metrics(figures, step=step - 1)  # as Lightning counts what it logs in a training step
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})
+        publish(trainer, figures, step - 1)  # as Lightning counts what it logs in a training step
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -77,6 +77,7 @@ class _Scorer:
     def __init__(self, runner: ArmRunner, qat: QATCallback, save: Callable[[EvalRecord], None]) -> None:
         self.runner, self.qat, self.save = runner, qat, save
         methods: Any = OmegaConf.to_container(runner.cfg.ptq.methods)
+        self.batches = runner.calibration_batches(runner.cfg.ptq.calibration_batches)
         self.methods = {"rtn": RTN(), **build_methods(methods)}  # recovery is measured from rtn
 
     def score_float(self, method: str, arm: TrainedArm, checkpoint: Path, step: int) -> None:
@@ -86,9 +87,8 @@ class _Scorer:
     def score_ptq(self, checkpoint: Path, num_bits: float, step: int) -> None:
         task = self._load_float(checkpoint).eval()
         plan = make_plan(task, self.qat.rules, self.qat.ignore, self.qat.target_module, self.qat.mapping)
-        batches = self.runner.calibration_batches(self.runner.cfg.ptq.calibration_batches)
         calibration_step = getattr(task, "calibration_step", None)
-        results = sweep(task, plan, batches, self.methods, [num_bits], self.qat.observer, step=calibration_step)
+        results = sweep(task, plan, self.batches, self.methods, [num_bits], self.qat.observer, step=calibration_step)
         for method in self.methods:
             results.apply(task, method, num_bits)
             seconds = results.seconds(method, num_bits)

@@ -22,7 +22,7 @@ from lightning_qat.nn.layers import (
     QATLinear,
 )
 from lightning_qat.nn.plan import Plan, PlannedLayer, check_mapping
-from lightning_qat.nn.rules import PatternsLike, Rule, RulesLike, parse_patterns, parse_rules
+from lightning_qat.nn.rules import PatternsLike, Rule, RulesLike, find_final_bits, parse_patterns, parse_rules
 from lightning_qat.nn.selection import make_plan
 
 __all__ = [
@@ -43,6 +43,7 @@ __all__ = [
     "apply_plan",
     "check_finite",
     "check_mapping",
+    "find_final_bits",
     "load_quantized_weights",
     "make_plan",
     "parse_patterns",

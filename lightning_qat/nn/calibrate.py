@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,57 +15,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_qat.core import LayerStats
-from lightning_qat.nn.input_matrix import columns_per_channel, num_groups, token_matrix
+from lightning_qat.nn.accumulator import Accumulator, is_distributed, of_any_process
+from lightning_qat.nn.forward import call_forward, find_mask
+from lightning_qat.nn.input_matrix import num_columns, num_groups, token_matrix
 
 GIB = 2**30
-
-
-@dataclass
-class _Accumulator:
-    """Sums for the layers of ``names``, which are always fed the same tensors."""
-
-    names: list[str]
-    hessian: Tensor | None = None
-    abs_sum: Tensor | None = None
-    num_tokens: int = 0
-
-    def add(self, tokens: Tensor) -> None:
-        """Add tokens ``[K, N, I]``; in float32 also where the model runs under autocast."""
-        with torch.autocast(tokens.device.type, enabled=False):
-            if self.hessian is None or self.abs_sum is None:
-                self.hessian, self.abs_sum = tokens.mT @ tokens, tokens.abs().sum(1)
-            else:
-                self.hessian.baddbmm_(tokens.mT, tokens)
-                self.abs_sum.add_(tokens.abs().sum(1))
-        self.num_tokens += tokens.shape[1]
-
-    def stats(self, module: nn.Module) -> LayerStats | None:
-        """Return what was gathered by all processes; None if no token was seen.
-
-        Raises:
-            ValueError: If an input was NaN or infinite.
-        """
-        self._reduce(module)
-        if self.hessian is None or self.abs_sum is None or self.num_tokens == 0:
-            return None
-        if not torch.isfinite(self.hessian).all():
-            raise ValueError(f"Inputs of {', '.join(self.names)} were NaN or infinite during calibration.")
-        return LayerStats(self.hessian, self.abs_sum / self.num_tokens, self.num_tokens, columns_per_channel(module))
-
-    def _reduce(self, module: nn.Module) -> None:
-        if not _is_distributed():
-            return
-        num_tokens = torch.tensor(float(self.num_tokens), device=_device(module))
-        torch.distributed.all_reduce(num_tokens)
-        self.num_tokens = int(num_tokens.item())
-        if self.num_tokens == 0:
-            return
-        groups, in_features = num_groups(module), _in_features(module)
-        if self.hessian is None or self.abs_sum is None:  # another process has seen tokens
-            self.hessian = torch.zeros(groups, in_features, in_features, device=_device(module))
-            self.abs_sum = torch.zeros(groups, in_features, device=_device(module))
-        torch.distributed.all_reduce(self.hessian)
-        torch.distributed.all_reduce(self.abs_sum)
 
 
 class _Calls:
@@ -142,7 +95,7 @@ class Calibrator:
         With several processes, what the first one sees decides for all.
         """
         plan = [self._plan()]
-        if _is_distributed():
+        if is_distributed():
             torch.distributed.broadcast_object_list(plan, src=0)
         return plan[0]
 
@@ -153,7 +106,7 @@ class Calibrator:
         by_input: dict[Any, list[str]] = defaultdict(list)
         for name in self.layers:
             seen = calls.identity(name)
-            by_input[(seen, num_groups(self.layers[name]), self._layout(name)) if seen else name].append(name)
+            by_input[(seen, self._layout(name)) if seen else name].append(name)
         groups = [tuple(names) for names in by_input.values()]
         passes = self._pack(groups)
         most = max(sum(self._num_bytes(names[0]) for names in some) for some in passes)
@@ -181,7 +134,7 @@ class Calibrator:
 
     def _num_bytes(self, name: str) -> int:
         module = self.layers[name]
-        return 4 * num_groups(module) * _in_features(module) ** 2
+        return 4 * num_groups(module) * num_columns(module) ** 2
 
     def collect(self, plan: CalibrationPlan) -> Iterator[tuple[list[str], dict[str, LayerStats]]]:
         """Yield the layers of each pass and their statistics, which are freed when the caller drops them.
@@ -198,7 +151,7 @@ class Calibrator:
                 yield self._finish(accumulators)
                 del accumulators
 
-    def _finish(self, accumulators: Iterable[_Accumulator]) -> tuple[list[str], dict[str, LayerStats]]:
+    def _finish(self, accumulators: Iterable[Accumulator]) -> tuple[list[str], dict[str, LayerStats]]:
         names, stats = [], {}
         for accumulator in accumulators:
             names += accumulator.names
@@ -209,15 +162,15 @@ class Calibrator:
 
     def _one_pass(
         self, groups: Sequence[tuple[str, ...]], label: str
-    ) -> tuple[list[_Accumulator], list[tuple[str, ...]]]:
+    ) -> tuple[list[Accumulator], list[tuple[str, ...]]]:
         """Return the sums over all batches, and the groups left out since their layers do not share their input."""
-        accumulators = {names: _Accumulator(list(names)) for names in groups}
+        accumulators = {names: Accumulator(list(names)) for names in groups}
         leaders = {names[0]: accumulator for names, accumulator in accumulators.items()}
         shared = [names for names in groups if len(names) > 1]
         checked = {name for names in shared for name in names}
         broken: set[tuple[str, ...]] = set()
         for batch in self.progress(self.batches, label):
-            calls, mask = _Calls(), _find_mask(batch)
+            calls, mask = _Calls(), find_mask(batch)
 
             def see(name: str, x: Tensor, calls: _Calls = calls, mask: Tensor | None = mask) -> None:
                 if name in checked:
@@ -228,7 +181,7 @@ class Calibrator:
             with self._hooks(see, {name for names in groups for name in names}):
                 self.step(batch)
             broken.update(names for names in shared if len({calls.identity(name) for name in names}) > 1)
-        left_out = _of_any_process(broken)
+        left_out = of_any_process(broken)
         return [each for names, each in accumulators.items() if names not in left_out], sorted(left_out)
 
     @contextmanager
@@ -245,68 +198,3 @@ class Calibrator:
                     handle = module.register_forward_pre_hook(make_hook(name), with_kwargs=True)
                     stack.callback(handle.remove)
             yield
-
-
-def _in_features(module: nn.Module) -> int:
-    """Return ``I``, the number of columns of the weight's matrix."""
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return weight.shape[0] if type(module).__name__ == "Conv1D" else weight[0].numel()
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
-
-
-def _is_distributed() -> bool:
-    return (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    )
-
-
-def _of_any_process(groups: set[tuple[str, ...]]) -> set[tuple[str, ...]]:
-    if not _is_distributed():
-        return groups
-    everywhere: list[set[tuple[str, ...]]] = [set()] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everywhere, groups)
-    return set().union(*everywhere)
-
-
-@contextmanager
-def evaluation_mode(root: nn.Module) -> Iterator[None]:
-    """Put ``root`` into evaluation mode, and each of its modules back into its own afterwards."""
-    modes = [(module, module.training) for module in root.modules()]
-    root.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def call_forward(root: nn.Module, batch: Any) -> Any:
-    """Call ``root`` on what its ``forward`` takes from a batch.
-
-    Of a mapping it takes the entries that are its parameters, of a sequence as many entries as it has
-    parameters without a default (all if it has ``*args``), anything else as it is.
-    """
-    kinds = {p.kind for p in inspect.signature(root.forward).parameters.values()}
-    if isinstance(batch, (tuple, list)) and inspect.Parameter.VAR_POSITIONAL in kinds:
-        return root(*batch)
-    parameters = [p for p in inspect.signature(root.forward).parameters.values() if p.kind is not p.VAR_POSITIONAL]
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-    names = [p.name for p in parameters]
-    if isinstance(batch, Mapping) and (takes_all or set(names).intersection(batch)):
-        return root(**{key: value for key, value in batch.items() if takes_all or key in names})
-    if isinstance(batch, (tuple, list)):
-        num_required = sum(p.default is p.empty and p.kind is not p.VAR_KEYWORD for p in parameters)
-        return root(*batch[: max(num_required, 1)])
-    return root(batch)
-
-
-def _find_mask(batch: Any) -> Tensor | None:
-    """Return the attention mask of a batch, ``[B, T]``, True where a token counts."""
-    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None

@@ -7,12 +7,22 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_qat.nn.layers import QATLayer
+from lightning_qat.nn.plan import find_qat_class, float_type
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def num_groups(module: nn.Module) -> int:
     """Return ``K``, the number of groups of a convolution, and 1 for other layers."""
     return module.groups if isinstance(module, CONVOLUTIONS) else 1
+
+
+def num_columns(module: nn.Module) -> int:
+    """Return ``I``, the number of columns of the weight's matrix."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return (find_qat_class(float_type(module), None) or QATLayer).to_matrix(weight).shape[1]
 
 
 def columns_per_channel(module: nn.Module) -> int:

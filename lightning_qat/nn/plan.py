@@ -28,8 +28,13 @@ class PlannedLayer:
 
     def __post_init__(self) -> None:
         """Leave activations out where the input is an index."""
-        if issubclass(self.qat_class.float_class, nn.Embedding):
+        if self.takes_index:
             object.__setattr__(self, "scheme", replace(self.scheme, activation=None))
+
+    @property
+    def takes_index(self) -> bool:
+        """Whether the input says which rows to look up, and is no features to quantize or to calibrate on."""
+        return issubclass(self.qat_class.float_class, nn.Embedding)
 
     @property
     def weight(self) -> nn.Parameter:

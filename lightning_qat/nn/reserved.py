@@ -32,10 +32,9 @@ def _parameter_holders(module: nn.Module) -> dict[str, nn.Module]:
 
 def _float_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
     """Yield all parameters but learned scales: one of those does not make its layer one that trains."""
-    if not isinstance(module, WeightFakeQuantize):
-        for child in module.modules():
-            if not isinstance(child, WeightFakeQuantize):
-                yield from child.parameters(recurse=False)
+    for child in module.modules():
+        if not isinstance(child, WeightFakeQuantize):
+            yield from child.parameters(recurse=False)
 
 
 def output_heads(names: Mapping[nn.Module, list[str]]) -> set[nn.Module]:

@@ -72,6 +72,18 @@ def _parse_rule(entry: Any) -> Rule:
     return Rule(_parse_pattern(entry["target"]), None if scheme is None else _parse_scheme(scheme))
 
 
+def find_final_bits(rules: Iterable[Rule]) -> float:
+    """Return the smallest width of all schemes, at which a schedule must end.
+
+    Raises:
+        ValueError: If no rule has a scheme.
+    """
+    widths = [rule.scheme.final_bits for rule in rules if rule.scheme is not None]
+    if not widths:
+        raise ValueError("No rule has a scheme, so nothing would be quantized. Remove the callback or give one.")
+    return min(widths)
+
+
 def parse_patterns(spec: PatternsLike) -> list[str]:
     """Read patterns of modules: one or several, each a pattern for names, the name of a type, or a class."""
     if spec is None:

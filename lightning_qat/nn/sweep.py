@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
-from lightning_qat.core import LayerStats, Observer, PTQMethod, QuantizedWeight, QuantScheme
+from lightning_qat.core import LayerStats, Observer, PTQMethod, QuantizedWeight
 from lightning_qat.nn.calibrate import GIB, CalibrationPlan, Calibrator
 from lightning_qat.nn.convert import load_quantized_weights
 from lightning_qat.nn.plan import Plan, PlannedLayer
@@ -114,8 +114,8 @@ def sweep(
     owners: dict[nn.Parameter, list[PlannedLayer]] = {}
     for layer in plan.layers:
         owners.setdefault(layer.weight, []).append(layer)
-    with_inputs = {layer.name: layer.module for layer in plan.layers if _takes_features(layer)}
-    waiting: dict[str, LayerStats | None] = {layer.name: None for layer in plan.layers if not _takes_features(layer)}
+    with_inputs = {layer.name: layer.module for layer in plan.layers if not layer.takes_index}
+    waiting: dict[str, LayerStats | None] = {layer.name: None for layer in plan.layers if layer.takes_index}
     if with_inputs and any(method.needs_stats for method in methods.values()):
         calibrator = Calibrator(root, with_inputs, batches, step, memory_budget, progress)
         results.calibration = calibrator.plan()
@@ -130,10 +130,6 @@ def sweep(
         waiting.update(dict.fromkeys(with_inputs))
     _quantize_what_is_ready(owners, waiting, methods, bits, observer, results)
     return results
-
-
-def _takes_features(layer: PlannedLayer) -> bool:
-    return layer.qat_class.float_class is not nn.Embedding
 
 
 def _check_seen(names: Sequence[str], stats: Mapping[str, LayerStats], unseen: str) -> None:
@@ -160,17 +156,13 @@ def _quantize_what_is_ready(
         stats = _merge([waiting.pop(layer.name) for layer in layers])
         del owners[weight]
         first = layers[0]
-        schemes = [_without_activation(first.scheme.at(width)) for width in bits]
+        schemes = [replace(first.scheme.at(width), activation=None) for width in bits]
         matrix = first.qat_class.to_matrix(weight.detach())
         found, reports = quantize_layer(first.name, matrix, schemes, bits, methods, observer, stats)
         results.reports += reports
         for method, weights in found.items():
             for width, quantized in zip(bits, weights, strict=True):
                 results.weights[method, width].update({layer.name: quantized for layer in layers})
-
-
-def _without_activation(scheme: QuantScheme) -> QuantScheme:
-    return QuantScheme.parse({**scheme.to_dict(), "activation": None})
 
 
 def _merge(stats: Sequence[LayerStats | None]) -> LayerStats | None:

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_qat.nn.calibrate import Calibrator, call_forward
+from lightning_qat.nn.calibrate import Calibrator
+from lightning_qat.nn.forward import call_forward
 from lightning_qat.nn.input_matrix import columns_per_channel, token_matrix
 
 CONVS = {

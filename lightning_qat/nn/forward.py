@@ -1,0 +1,49 @@
+"""Running a model on a batch whose layout it alone knows."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def evaluation_mode(root: nn.Module) -> Iterator[None]:
+    """Put ``root`` into evaluation mode, and each of its modules back into its own afterwards."""
+    modes = [(module, module.training) for module in root.modules()]
+    root.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def call_forward(root: nn.Module, batch: Any) -> Any:
+    """Call ``root`` on what its ``forward`` takes from a batch.
+
+    Of a mapping it takes the entries that are its parameters, of a sequence as many entries as it has
+    parameters without a default (all if it has ``*args``), anything else as it is.
+    """
+    parameters = inspect.signature(root.forward).parameters
+    kinds = {parameter.kind for parameter in parameters.values()}
+    if isinstance(batch, Mapping):
+        takes_all = inspect.Parameter.VAR_KEYWORD in kinds
+        taken = {key: value for key, value in batch.items() if takes_all or key in parameters}
+        return root(**taken) if taken else root(batch)
+    if isinstance(batch, (tuple, list)):
+        if inspect.Parameter.VAR_POSITIONAL in kinds:
+            return root(*batch)
+        optional = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+        num_required = sum(p.default is p.empty and p.kind not in optional for p in parameters.values())
+        return root(*batch[: max(num_required, 1)])
+    return root(batch)
+
+
+def find_mask(batch: Any) -> Tensor | None:
+    """Return the attention mask of a batch, ``[B, T]``, True where a token counts."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
