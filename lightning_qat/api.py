@@ -116,6 +116,7 @@ def quantize_model(
     step: Callable[[Any], Any] | None = None,
     memory_budget_gib: float = 4.0,
     unseen: Literal["error", "rtn"] = "error",
+    sequential: bool = False,
     progress: bool = True,
 ) -> PTQResults:
     """Quantize a float model after training, by every method at every width, from one calibration.
@@ -138,6 +139,8 @@ def quantize_model(
             mapping, of which ``attention_mask`` also tells padding from tokens.
         memory_budget_gib: GiB for Hessians; if they need more, the batches are read several times.
         unseen: What to do with layers that no token reached: ``"error"``, or ``"rtn"``.
+        sequential: Calibrate later parts of the model on what the quantized earlier ones give, once for every method
+            and width, instead of all on the float model's inputs. It takes longer, and gains at few bits.
         progress: Show the plan and bars.
 
     Returns:
@@ -164,6 +167,7 @@ def quantize_model(
             step=step,
             memory_budget=int(memory_budget_gib * GIB),
             unseen=unseen,
+            sequential=sequential,
             progress=progress_bar if progress else None,
             tell=Console(stderr=True).print if progress else None,
         )

@@ -47,6 +47,7 @@ class EvalRecord:
         stored_bits: Bits per quantized weight in the exported file, if there is one.
         cost_seconds: Wall time of the whole training run, or of the quantization.
         data_hash: Hash of the data that was scored.
+        calibration: ``one-shot``, ``sequential``, or None where inputs were not needed.
         versions: Versions of Python and packages.
     """
 
@@ -64,6 +65,7 @@ class EvalRecord:
     stored_bits: float | None = None
     cost_seconds: float | None = None
     data_hash: str | None = None
+    calibration: str | None = None
     versions: dict[str, str] = field(default_factory=package_versions)
 
     @property

@@ -101,6 +101,8 @@ class PTQCallback(pl.Callback):
         seed: Seed of the run, for the records.
         memory_budget_gib: GiB for the statistics of inputs.
         unseen: What to do with layers that no token of the calibration reached: ``"error"`` or ``"rtn"``.
+        sequential: Calibrate later parts of the model on what the quantized earlier ones give, once for every method
+            and width, instead of all on the float model's inputs.
         target_module: Name of the submodule outside which nothing is quantized.
         mapping: Further layer classes, as in ``QATCallback``.
 
@@ -135,6 +137,7 @@ class PTQCallback(pl.Callback):
         seed: int = 0,
         memory_budget_gib: float = 4.0,
         unseen: Literal["error", "rtn"] = "error",
+        sequential: bool = False,
         target_module: str | None = None,
         mapping: Mapping[type[nn.Module], type[QATLayer]] | None = None,
     ) -> None:
@@ -155,6 +158,7 @@ class PTQCallback(pl.Callback):
         check_positive(memory_budget_gib, "memory_budget_gib")
         self.memory_budget = int(memory_budget_gib * GIB)
         self.unseen = unseen
+        self.sequential = sequential
         self.target_module = target_module
         self.mapping = check_mapping(mapping)
         self._check_arguments(calibration_samples)
@@ -339,7 +343,16 @@ class PTQCallback(pl.Callback):
             restore_float(twin)
             check_finite({layer.name: layer.weight for layer in plan.layers})
             results = quantize_copy(
-                trainer, twin, plan, batches, self.methods, widths, self.observer, self.memory_budget, self.unseen
+                trainer,
+                twin,
+                plan,
+                batches,
+                self.methods,
+                widths,
+                self.observer,
+                memory_budget=self.memory_budget,
+                unseen=self.unseen,
+                sequential=self.sequential,
             )
             scores = score_results(trainer, make_twin, results, is_qat, self.limit_val_batches, self.max_seconds)
         if is_qat and scores:

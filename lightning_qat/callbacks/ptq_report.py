@@ -33,6 +33,7 @@ class Score:
         bits: Effective bits.
         metrics: What validation logged.
         seconds: Wall time of quantization and validation.
+        calibration: ``one-shot`` or ``sequential``; None if inputs were not needed.
     """
 
     method: str
@@ -41,6 +42,7 @@ class Score:
     bits: BitReport
     metrics: dict[str, float]
     seconds: float
+    calibration: str | None = None
 
     @property
     def is_of_qat(self) -> bool:
@@ -62,6 +64,7 @@ class Score:
             trained_with="qat" if self.is_of_qat else "float",
             seed=seed,
             cost_seconds=self.seconds,
+            calibration=self.calibration,
         )
 
 

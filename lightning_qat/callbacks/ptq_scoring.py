@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.apply_func import move_data_to_device
@@ -29,8 +29,7 @@ def quantize_copy(
     methods: Mapping[str, PTQMethod],
     bits: Sequence[float],
     observer: Observer,
-    memory_budget: int,
-    unseen: Literal["error", "rtn"],
+    **options: Any,
 ) -> PTQResults:
     """Quantize the float module ``twin``, calibrated in evaluation mode and in the Trainer's precision.
 
@@ -52,9 +51,8 @@ def quantize_copy(
             bits,
             observer,
             step=step,
-            memory_budget=memory_budget,
-            unseen=unseen,
             progress=progress_bar if trainer.is_global_zero else None,
+            **options,
         )
 
 
@@ -82,7 +80,8 @@ def score_results(
         seconds = time.perf_counter() - began + results.seconds(method, num_bits)
         name = f"{OF_LATENT}/{method}" if is_of_qat else method
         schemes = _name_schemes(layer.scheme.at(num_bits) for layer in results.plan.layers)
-        scores.append(Score(name, num_bits, schemes, bits, metrics, seconds))
+        calibration = results.calibration_of(method)
+        scores.append(Score(name, num_bits, schemes, bits, metrics, seconds, calibration))
     if left_out:
         rank_zero_warn(f"PTQCallback ran out of max_seconds={max_seconds} before {', '.join(left_out)}.")
     return scores

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_qat.core import LayerStats
 from lightning_qat.nn.input_matrix import columns_per_channel, num_columns, num_groups
+
+ThingT = TypeVar("ThingT")
 
 
 @dataclass
@@ -72,10 +75,10 @@ def is_distributed() -> bool:
     )
 
 
-def of_any_process(groups: set[tuple[str, ...]]) -> set[tuple[str, ...]]:
-    """Return the union of ``groups`` over all processes."""
+def from_all_processes(thing: ThingT) -> list[ThingT]:
+    """Return what each process has, in the order of their ranks."""
     if not is_distributed():
-        return groups
-    everywhere: list[set[tuple[str, ...]]] = [set()] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everywhere, groups)
-    return set().union(*everywhere)
+        return [thing]
+    everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, thing)
+    return everywhere

@@ -15,11 +15,25 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from lightning_qat.core import LayerStats
-from lightning_qat.nn.accumulator import Accumulator, is_distributed, of_any_process
+from lightning_qat.nn.accumulator import Accumulator, from_all_processes, is_distributed
 from lightning_qat.nn.forward import call_forward, find_mask
 from lightning_qat.nn.input_matrix import num_columns, num_groups, token_matrix
 
 GIB = 2**30
+
+
+def make_runner(
+    root: nn.Module, batches: Sequence[Any], step: Callable[[Any], Any] | None = None
+) -> Callable[[int], Any]:
+    """Return what runs ``root`` on a copy of the batch of an index: the model may change its input in place.
+
+    Args:
+        root: The model.
+        batches: The batches.
+        step: Called with a batch; runs the model. Default: :func:`call_forward`.
+    """
+    run = step or functools.partial(call_forward, root)
+    return lambda index: run(tree_map_only(Tensor, torch.clone, batches[index]))
 
 
 class _Calls:
@@ -46,46 +60,48 @@ class CalibrationPlan:
     Attributes:
         passes: Layers of each pass over the batches, as lists of layers that share their input.
         num_bytes: Size of the largest pass's Hessians.
+        kind: ``one-shot``, with the inputs of the float model, or ``sequential``, with those that the quantized
+            layers before give.
+        procedure: How the latter is done.
     """
 
     passes: tuple[tuple[tuple[str, ...], ...], ...]
     num_bytes: int
+    kind: str = "one-shot"
+    procedure: str = ""
 
     def __str__(self) -> str:
         """Describe the plan in one line."""
         inputs = sum(len(groups) for groups in self.passes)
         layers = sum(len(names) for groups in self.passes for names in groups)
         passes = "one pass" if len(self.passes) == 1 else f"{len(self.passes)} passes"
-        return f"{layers} layers with {inputs} distinct inputs in {passes}, Hessians of {self.num_bytes / GIB:.2f} GiB"
+        size = f"Hessians of {self.num_bytes / GIB:.2f} GiB"
+        kind = f"{self.kind} ({self.procedure})" if self.procedure else self.kind
+        return f"{kind}: {layers} layers with {inputs} distinct inputs in {passes}, {size}"
 
 
 class Calibrator:
     """Gathers statistics of layers in as few passes over the batches as the memory budget allows.
 
     Args:
-        root: The float model.
         layers: The layers by name.
         batches: Calibration batches, which may be read several times.
-        step: Called with each batch; runs the model. Default: :func:`call_forward`.
+        run: Runs the model on the batch of an index; see :func:`make_runner`.
         memory_budget: Bytes for Hessians.
         progress: Wraps an iterable of batches, to show a bar.
     """
 
     def __init__(
         self,
-        root: nn.Module,
         layers: Mapping[str, nn.Module],
         batches: Sequence[Any],
-        step: Callable[[Any], Any] | None = None,
+        run: Callable[[int], Any],
         memory_budget: int = 4 * GIB,
         progress: Callable[[Sequence[Any], str], Iterator[Any]] | None = None,
     ) -> None:
         if not batches:
             raise ValueError("There are no calibration batches.")
-        self.layers, self.batches = dict(layers), batches
-        run = step or functools.partial(call_forward, root)
-        # The model may change its input in place, and batches are read several times.
-        self.step: Callable[[Any], Any] = lambda batch: run(tree_map_only(Tensor, torch.clone, batch))
+        self.layers, self.batches, self.run = dict(layers), batches, run
         self.memory_budget = memory_budget
         self.progress = progress or (lambda batches, _: iter(batches))
 
@@ -102,12 +118,15 @@ class Calibrator:
     def _plan(self) -> CalibrationPlan:
         calls = _Calls()
         with self._hooks(calls.add):
-            self.step(self.batches[0])
+            self.run(0)
         by_input: dict[Any, list[str]] = defaultdict(list)
         for name in self.layers:
             seen = calls.identity(name)
             by_input[(seen, self._layout(name)) if seen else name].append(name)
-        groups = [tuple(names) for names in by_input.values()]
+        return self.plan_passes([tuple(names) for names in by_input.values()])
+
+    def plan_passes(self, groups: Sequence[tuple[str, ...]]) -> CalibrationPlan:
+        """Return the plan for layers of which is known which share their input."""
         passes = self._pack(groups)
         most = max(sum(self._num_bytes(names[0]) for names in some) for some in passes)
         return CalibrationPlan(tuple(tuple(some) for some in passes), most)
@@ -169,8 +188,8 @@ class Calibrator:
         shared = [names for names in groups if len(names) > 1]
         checked = {name for names in shared for name in names}
         broken: set[tuple[str, ...]] = set()
-        for batch in self.progress(self.batches, label):
-            calls, mask = _Calls(), find_mask(batch)
+        for index in self.progress(range(len(self.batches)), label):
+            calls, mask = _Calls(), find_mask(self.batches[index])
 
             def see(name: str, x: Tensor, calls: _Calls = calls, mask: Tensor | None = mask) -> None:
                 if name in checked:
@@ -179,9 +198,9 @@ class Calibrator:
                     leaders[name].add(token_matrix(self.layers[name], x, mask))
 
             with self._hooks(see, {name for names in groups for name in names}):
-                self.step(batch)
+                self.run(index)
             broken.update(names for names in shared if len({calls.identity(name) for name in names}) > 1)
-        left_out = of_any_process(broken)
+        left_out = set().union(*from_all_processes(broken))
         return [each for names, each in accumulators.items() if names not in left_out], sorted(left_out)
 
     @contextmanager

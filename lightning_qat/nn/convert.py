@@ -207,11 +207,27 @@ def load_quantized_weights(
         weights: Quantized weights by layer name.
         num_bits: The rung of the schedule that they are on.
     """
+    prepare_passing(root, plan)
+    for name, layer in quantized_layers(root).items():
+        load_quantized_weight(layer, weights[name], num_bits)
+
+
+def prepare_passing(root: nn.Module, plan: Plan) -> None:
+    """Put fake quantization into a float ``root``, in place, with all weights and inputs passing unchanged.
+
+    Args:
+        root: The model, or a copy of the one that ``plan`` was made for.
+        plan: Its layers.
+    """
     modules = dict(root.named_modules())
     own = Plan(tuple(replace(layer, module=modules[layer.name]) for layer in plan.layers), plan.skipped)
     apply_plan(root, own, MinMaxObserver(), ClippedSTE())
-    set_num_bits(root, num_bits)
-    for name, layer in weight_fake_quants(root):
-        matrix = weights[name].dequantize()
-        layer.weight.copy_(layer.from_matrix(matrix, layer.weight))
-        layer.weight_fake_quant.set_num_bits(PASS_THROUGH_BITS)
+    set_num_bits(root, PASS_THROUGH_BITS)
+
+
+@torch.no_grad()
+def load_quantized_weight(layer: QATLayer, quantized: QuantizedWeight, num_bits: float) -> None:
+    """Give a layer whose weight passes unchanged dequantized values, and quantize its input at ``num_bits``."""
+    layer.weight.copy_(layer.from_matrix(quantized.dequantize(), layer.weight))
+    if layer.input_fake_quant is not None:
+        layer.input_fake_quant.set_num_bits(num_bits)

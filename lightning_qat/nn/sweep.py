@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
-import torch
 from torch import nn
 
-from lightning_qat.core import LayerStats, Observer, PTQMethod, QuantizedWeight
-from lightning_qat.nn.calibrate import GIB, CalibrationPlan, Calibrator
+from lightning_qat.core import Observer, PTQMethod, QuantizedWeight
+from lightning_qat.nn.calibrate import GIB, CalibrationPlan, Calibrator, make_runner
 from lightning_qat.nn.convert import load_quantized_weights
-from lightning_qat.nn.plan import Plan, PlannedLayer
-from lightning_qat.ptq.engine import LayerReport, quantize_layer
+from lightning_qat.nn.pending import PendingWeights
+from lightning_qat.nn.plan import Plan
+from lightning_qat.nn.sequential import SequentialCalibration, WorkingModel
+from lightning_qat.ptq import RTN
+from lightning_qat.ptq.engine import LayerReport
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
@@ -28,6 +31,7 @@ class PTQResults:
         weights: Quantized weights by (method, width) and layer name.
         reports: One entry per layer, method and width.
         calibration: How the inputs were gathered, or None if no method needed them.
+        calibrated: Names of the methods that needed them.
     """
 
     plan: Plan
@@ -35,6 +39,7 @@ class PTQResults:
     weights: dict[tuple[str, float], dict[str, QuantizedWeight]] = field(default_factory=dict)
     reports: list[LayerReport] = field(default_factory=list)
     calibration: CalibrationPlan | None = None
+    calibrated: frozenset[str] = frozenset()
 
     def fallbacks(self, method: str | None = None) -> list[LayerReport]:
         """Return the reports of layers that kept round-to-nearest, of one method or of all."""
@@ -43,6 +48,10 @@ class PTQResults:
     def num_reports(self, method: str) -> int:
         """Return the number of layers and widths that ``method`` was tried on."""
         return sum(report.method == method for report in self.reports)
+
+    def calibration_of(self, method: str) -> str | None:
+        """Return ``one-shot`` or ``sequential``; None if ``method`` needs no inputs."""
+        return self.calibration.kind if self.calibration is not None and method in self.calibrated else None
 
     def seconds(self, method: str, num_bits: float) -> float:
         """Return the wall time of ``method`` at ``num_bits`` over all layers, calibration not counted."""
@@ -85,6 +94,7 @@ def sweep(
     step: Callable[[Any], Any] | None = None,
     memory_budget: int = 4 * GIB,
     unseen: Literal["error", "rtn"] = "error",
+    sequential: bool = False,
     progress: Callable[[Sequence[Any], str], Iterator[Any]] | None = None,
     tell: Callable[[str], None] | None = None,
 ) -> PTQResults:
@@ -94,7 +104,7 @@ def sweep(
     are summed over them, so that all get the same results.
 
     Args:
-        root: The float model.
+        root: The float model. If ``sequential``, it takes quantized weights meanwhile.
         plan: Its layers and their schemes; a layer never goes below the width of its own.
         batches: Calibration batches.
         methods: Methods by name.
@@ -104,76 +114,64 @@ def sweep(
         memory_budget: Bytes for Hessians.
         unseen: What to do with layers that no token reached: raise, or round them to nearest, which the
             reports then say.
+        sequential: Calibrate later parts of the model on inputs that the quantized earlier ones give, once for every
+            method and width, instead of all on those of the float model.
         progress: Wraps the batches to show a bar.
         tell: Called with the calibration plan in words.
 
     Raises:
         ValueError: If layers saw no token, or saw NaN or infinite inputs; they are named.
     """
-    results = PTQResults(plan, tuple(bits), {(method, width): {} for method in methods for width in bits})
-    owners: dict[nn.Parameter, list[PlannedLayer]] = {}
-    for layer in plan.layers:
-        owners.setdefault(layer.weight, []).append(layer)
+    without_inputs = [layer.name for layer in plan.layers if layer.takes_index]
     with_inputs = {layer.name: layer.module for layer in plan.layers if not layer.takes_index}
-    waiting: dict[str, LayerStats | None] = {layer.name: None for layer in plan.layers if layer.takes_index}
-    if with_inputs and any(method.needs_stats for method in methods.values()):
-        calibrator = Calibrator(root, with_inputs, batches, step, memory_budget, progress)
-        results.calibration = calibrator.plan()
-        if tell is not None:
-            tell(str(results.calibration))
-        for names, stats in calibrator.collect(results.calibration):
-            _check_seen(names, stats, unseen)
-            waiting.update({name: stats.get(name) for name in names})
-            del stats
-            _quantize_what_is_ready(owners, waiting, methods, bits, observer, results)
-    else:
-        waiting.update(dict.fromkeys(with_inputs))
-    _quantize_what_is_ready(owners, waiting, methods, bits, observer, results)
-    return results
+    if not with_inputs or not any(method.needs_stats for method in methods.values()):
+        pending = PendingWeights(plan, methods, bits, observer)
+        pending.add_unknown([layer.name for layer in plan.layers])
+        return PTQResults(plan, tuple(bits), pending.weights, pending.reports)
+    calibrator = Calibrator(with_inputs, batches, make_runner(root, batches, step), memory_budget, progress)
+    if sequential:
+        return _sweep_sequentially(root, plan, calibrator, without_inputs, methods, bits, observer, unseen, tell)
+    calibration = calibrator.plan()
+    if tell is not None:
+        tell(str(calibration))
+    pending = PendingWeights(plan, methods, bits, observer, unseen)
+    pending.add_unknown(without_inputs)
+    for names, stats in calibrator.collect(calibration):
+        pending.add(names, stats)
+        del stats
+    return PTQResults(plan, tuple(bits), pending.weights, pending.reports, calibration, _calibrated(methods))
 
 
-def _check_seen(names: Sequence[str], stats: Mapping[str, LayerStats], unseen: str) -> None:
-    missing = [name for name in names if name not in stats]
-    if missing and unseen == "error":
-        raise ValueError(
-            f"No token reached {', '.join(missing)} during calibration. Give more batches, ignore these layers, or "
-            "allow round-to-nearest for them with unseen='rtn'."
-        )
-
-
-def _quantize_what_is_ready(
-    owners: dict[nn.Parameter, list[PlannedLayer]],
-    waiting: dict[str, LayerStats | None],
+def _sweep_sequentially(
+    root: nn.Module,
+    plan: Plan,
+    calibrator: Calibrator,
+    without_inputs: Sequence[str],
     methods: Mapping[str, PTQMethod],
     bits: Sequence[float],
     observer: Observer,
-    results: PTQResults,
-) -> None:
-    """Quantize the weights whose layers all have their statistics, and free those."""
-    for weight, layers in list(owners.items()):
-        if not all(layer.name in waiting for layer in layers):
-            continue
-        stats = _merge([waiting.pop(layer.name) for layer in layers])
-        del owners[weight]
-        first = layers[0]
-        schemes = [replace(first.scheme.at(width), activation=None) for width in bits]
-        matrix = first.qat_class.to_matrix(weight.detach())
-        found, reports = quantize_layer(first.name, matrix, schemes, bits, methods, observer, stats)
-        results.reports += reports
-        for method, weights in found.items():
-            for width, quantized in zip(bits, weights, strict=True):
-                results.weights[method, width].update({layer.name: quantized for layer in layers})
+    unseen: Literal["error", "rtn"],
+    tell: Callable[[str], None] | None,
+) -> PTQResults:
+    rounded = PendingWeights(plan, {"rtn": RTN()}, [min(bits)], observer)
+    rounded.add_unknown([layer.name for layer in plan.layers])
+    results = PTQResults(plan, tuple(bits), calibrated=_calibrated(methods))
+    with WorkingModel(root, plan) as model:
+        calibration = SequentialCalibration(model, calibrator, rounded.weights["rtn", min(bits)], min(bits))
+        results.calibration = calibration.plan
+        if tell is not None:
+            tell(f"{calibration.plan}, for every method and width")
+        for method, width in itertools.product(methods, bits):
+            pending = PendingWeights(plan, {method: methods[method]}, [width], observer, unseen)
+            if methods[method].needs_stats:
+                label = f"{method} at {width:g} bits, part by part"
+                calibration.quantize(pending, width, without_inputs, calibrator.progress, label)
+            else:
+                pending.add_unknown([layer.name for layer in plan.layers])
+            results.weights.update(pending.weights)
+            results.reports += pending.reports
+    return results
 
 
-def _merge(stats: Sequence[LayerStats | None]) -> LayerStats | None:
-    """Return the statistics of a weight from those of the layers that share it."""
-    known = [each for each in stats if each is not None]
-    if not known:
-        return None
-    num_tokens = sum(each.num_tokens for each in known)
-    return LayerStats(
-        torch.stack([each.hessian for each in known]).sum(0) if len(known) > 1 else known[0].hessian,
-        sum((each.abs_mean * (each.num_tokens / num_tokens) for each in known), torch.zeros(())),
-        num_tokens,
-        known[0].columns_per_channel,
-    )
+def _calibrated(methods: Mapping[str, PTQMethod]) -> frozenset[str]:
+    return frozenset(name for name, method in methods.items() if method.needs_stats)

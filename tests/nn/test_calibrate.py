@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_qat.nn.calibrate import Calibrator
+from lightning_qat.nn.calibrate import Calibrator, make_runner
 from lightning_qat.nn.forward import call_forward
 from lightning_qat.nn.input_matrix import columns_per_channel, token_matrix
 
@@ -34,9 +34,9 @@ def test_a_convolution_is_a_product_with_its_token_matrix(name):
     assert columns_per_channel(conv) == conv.weight[0, 0].numel()
 
 
-def collect(model, batches, layers=None, **kwargs):
+def collect(model, batches, layers=None, step=None, **kwargs):
     layers = layers or {n: m for n, m in model.named_modules() if hasattr(m, "weight") and m.weight.dim() > 1}
-    calibrator = Calibrator(model, layers, batches, **kwargs)
+    calibrator = Calibrator(layers, batches, make_runner(model, batches, step), **kwargs)
     plan, stats = calibrator.plan(), {}
     for _, part in calibrator.collect(plan):
         stats |= part
@@ -90,7 +90,7 @@ def test_layers_fed_the_same_tensor_share_one_hessian():
     plan, stats = collect(model, [torch.randn(2, 3, 8)], linears(model, "alone"))
     assert plan.passes == ((("q", "k", "v"), ("mix",)),)
     assert stats["q"].hessian is stats["k"].hessian is stats["v"].hessian
-    assert str(plan) == "4 layers with 2 distinct inputs in one pass, Hessians of 0.00 GiB"
+    assert str(plan) == "one-shot: 4 layers with 2 distinct inputs in one pass, Hessians of 0.00 GiB"
 
 
 def test_layers_that_share_in_the_first_batch_only_are_told_apart():
@@ -180,7 +180,7 @@ def test_batches_are_not_changed_by_the_model():
 def test_separated_layers_stay_within_the_budget_and_others_stay_together():
     model = Attention()
     batches = [{"x": torch.randn(2, 3, 8), "split": split} for split in (False, True)]
-    calibrator = Calibrator(model, linears(model, "alone"), batches, memory_budget=256)
+    calibrator = Calibrator(linears(model, "alone"), batches, make_runner(model, batches), memory_budget=256)
     parts = [sorted(names) for names, _ in calibrator.collect(calibrator.plan())]
     assert sorted(parts) == [[], ["k"], ["mix"], ["q"], ["v"]]
 
@@ -218,4 +218,4 @@ def test_inputs_that_are_not_finite_are_refused_and_named():
 
 def test_no_batches_are_refused():
     with pytest.raises(ValueError, match="no calibration batches"):
-        Calibrator(nn.Linear(2, 2), {}, [])
+        Calibrator({}, [], lambda index: None)
