@@ -76,16 +76,16 @@ class EvalRecord:
         return -self.value if self.higher_is_better else self.value
 
 
-def append_record(path: str | Path, record: EvalRecord) -> None:
-    """Add ``record`` to a JSON Lines file with one write; half a line left by a crash is removed first."""
+def append_records(path: str | Path, *records: EvalRecord) -> None:
+    """Add ``records`` to a JSON Lines file with one write; half a line left by a crash is removed first."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    line = json.dumps(asdict(record), allow_nan=True) + "\n"
+    lines = "".join(json.dumps(asdict(record), allow_nan=True) + "\n" for record in records)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
         os.ftruncate(descriptor, content.rfind(b"\n") + 1)
-        os.write(descriptor, line.encode())
+        os.write(descriptor, lines.encode())
         os.fsync(descriptor)
     finally:
         os.close(descriptor)

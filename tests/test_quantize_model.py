@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_qat import quantize_model, restore_float
+from lightning_qat import quantize_model, quantized_weights, restore_float
 from lightning_qat.core import QuantScheme, fake_quantize
 from lightning_qat.nn import quantized_layers
 from lightning_qat.observers import MinMaxObserver
@@ -179,6 +179,18 @@ def test_inputs_are_quantized_as_the_scheme_says():
     assert model[0].input_fake_quant.num_bits == 8
     assert torch.equal(model[0].weight, results.weights["gptq", 4]["0"].dequantize())
     assert not torch.equal(model(x), nn.functional.linear(x, model[0].weight, model[0].bias))
+
+
+def test_codes_can_be_read_from_a_model_that_results_were_applied_to():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    results = quantize_model(model, [torch.randn(32, 8)], methods="awq", bits=3, progress=False)
+    results.apply(model, "awq", 3)
+    found = quantized_weights(model)
+    assert found == results.weights["awq", 3]
+    with torch.no_grad():
+        model[0].weight += 1
+    with pytest.raises(ValueError, match="0: The weight is not quantized yet"):
+        quantized_weights(model)
 
 
 def test_results_that_do_not_exist_or_fit_are_refused():

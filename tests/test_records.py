@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_qat.records import EvalRecord, append_record, read_records, recovery
+from lightning_qat.records import EvalRecord, append_records, read_records, recovery
 
 
 def make_record(**fields):
@@ -29,7 +29,7 @@ def test_records_survive_the_file(tmp_path):
     path = tmp_path / "runs" / "results.jsonl"
     records = [make_record(seed=seed, value=math.inf if seed else 3.5, data_hash="ab") for seed in range(3)]
     for record in records:
-        append_record(path, record)
+        append_records(path, record)
     assert read_records(path) == records
     assert len(path.read_text().splitlines()) == 3
     assert {"python", "torch", "lightning"} <= set(records[0].versions)
@@ -37,17 +37,17 @@ def test_records_survive_the_file(tmp_path):
 
 def test_half_a_line_left_by_a_crash_is_removed(tmp_path):
     path = tmp_path / "results.jsonl"
-    append_record(path, make_record(seed=0))
+    append_records(path, make_record(seed=0))
     with path.open("a") as file:
         file.write('{"method": "qat", "sch')
-    append_record(path, make_record(seed=1))
+    append_records(path, make_record(seed=1))
     assert [record.seed for record in read_records(path)] == [0, 1]
 
 
 @pytest.mark.parametrize("line", ["{", "[1, 2]", json.dumps({"method": "qat"}), json.dumps({"methods": 1})])
 def test_lines_that_are_no_records_are_named(line, tmp_path):
     path = tmp_path / "results.jsonl"
-    append_record(path, make_record())
+    append_records(path, make_record())
     with path.open("a") as file:
         file.write(line + "\n")
     with pytest.raises(ValueError, match=r"results.jsonl, line 2 is not a record"):

@@ -35,6 +35,22 @@ class BatchCapture:
             self.batches.append(apply_to_collection(batch, Tensor, lambda tensor: tensor.detach().cpu().clone()))
             self._captured += _num_samples(batch)
 
+    def state_dict(self) -> dict[str, Any] | None:
+        """Return the batches, or None if a checkpoint of plain tensors could not hold them."""
+        return {"batches": self.batches, "captured": self._captured} if _is_plain(self.batches) else None
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self.batches, self._captured = state["batches"], state["captured"]
+
+
+def _is_plain(thing: Any) -> bool:
+    if type(thing) is dict:
+        return all(_is_plain(each) for pair in thing.items() for each in pair)
+    if type(thing) in (list, tuple):
+        return all(map(_is_plain, thing))
+    return thing is None or type(thing) in (Tensor, bool, int, float, str)
+
 
 def _num_samples(batch: Any) -> int:
     try:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as pl
@@ -22,8 +23,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
+from lightning_qat.callbacks.batch_memory import BatchMemory, RememberingLoader
 from lightning_qat.callbacks.errors import QATConfigurationError
 from lightning_qat.callbacks.isolation import isolate_randomness
+from lightning_qat.nn import quantized_layers
 
 
 def copy_shell(pl_module: pl.LightningModule) -> pl.LightningModule:
@@ -34,6 +37,32 @@ def copy_shell(pl_module: pl.LightningModule) -> pl.LightningModule:
 def copy_weights(pl_module: pl.LightningModule) -> dict[int, Tensor]:
     """Return copies of all parameters and buffers, by the ``id`` of the originals."""
     return {id(weight): _clone(weight) for weight in _weights_of(pl_module)}
+
+
+@dataclass
+class Snapshot:
+    """A module as it was validated, to make copies of.
+
+    All copies share the parameters of ``weights``, so that there is never more than one of each; buffers, which a
+    validation may change, they have for themselves.
+
+    Args:
+        shell: All but the weights, from before the validation.
+        weights: Copies of parameters and buffers, by the ``id`` of the originals.
+    """
+
+    shell: pl.LightningModule
+    weights: Mapping[int, Tensor]
+
+    @property
+    def is_qat(self) -> bool:
+        """Whether the module is fake-quantized."""
+        return bool(quantized_layers(self.shell))
+
+    def copy(self) -> pl.LightningModule:
+        """Return a copy."""
+        own = {key: each if isinstance(each, nn.Parameter) else each.clone() for key, each in self.weights.items()}
+        return copy_module(self.shell, own)
 
 
 def _weights_of(pl_module: pl.LightningModule) -> list[Tensor]:
@@ -84,7 +113,9 @@ def validation_loaders(trainer: pl.Trainer) -> list[Any]:
     return [] if combined is None else list(combined.flattened)
 
 
-def validate_copy(trainer: pl.Trainer, twin: pl.LightningModule, limit_batches: int | None = None) -> dict[str, float]:
+def validate_copy(
+    trainer: pl.Trainer, twin: pl.LightningModule, limit_batches: int | None = None, memory: BatchMemory | None = None
+) -> dict[str, float]:
     """Return the metrics that validation logs for ``twin``; to be called in ``on_validation_end``.
 
     Neither callbacks nor loggers see anything of it.
@@ -93,16 +124,27 @@ def validate_copy(trainer: pl.Trainer, twin: pl.LightningModule, limit_batches: 
         trainer: The Trainer, which has just validated another module on the same loaders.
         twin: The module to score.
         limit_batches: Batches of each loader. Default: those of the validation before.
+        memory: Where the batches are kept for other copies, or are taken from if they are there.
     """
     live = trainer._evaluation_loop
     loop = _CopyLoop(trainer, live._trainer_fn, live._stage, verbose=False, inference_mode=live.inference_mode)
-    loop._combined_loader = _twin_loader(live._combined_loader)
+    twins = _twin_loader(live._combined_loader)
+    loop._combined_loader = twins if memory is None else RememberingLoader(twins, memory)
     loop._max_batches = [most if limit_batches is None else min(most, limit_batches) for most in live._max_batches]
     with isolate_randomness(validation_loaders(trainer)), _in_place_of_the_live_module(trainer, twin, loop):
         loop.run()
+        if memory is not None:
+            memory.is_complete = not memory.has_overflowed
         metrics = dict(trainer._logger_connector._callback_metrics)
         loop.teardown()
     return {name: float(value) for name, value in metrics.items()}
+
+
+def find_modes(trainer: Any) -> dict[str, str]:
+    """Return ``min`` or ``max`` for the logged values that are a torchmetrics Metric which knows it."""
+    metrics = {item.meta.name: item.value for item in trainer._evaluation_loop._results.values() if not item.is_tensor}
+    known = {name: getattr(metric, "higher_is_better", None) for name, metric in metrics.items()}
+    return {name: "max" if is_higher else "min" for name, is_higher in known.items() if is_higher is not None}
 
 
 def is_last_validation(trainer: Any) -> bool:

@@ -5,11 +5,52 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RandomStates:
+    """The global random states of a moment: of torch, Python, NumPy, and all accelerators."""
+
+    of_torch: Tensor
+    of_python: Any
+    of_numpy: Any
+    of_accelerators: list[Tensor]
+
+    @classmethod
+    def now(cls) -> RandomStates:
+        """Return the states as they are."""
+        accelerators = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return cls(torch.get_rng_state(), random.getstate(), np.random.get_state(), accelerators)
+
+    def restore(self) -> None:
+        """Put them back."""
+        torch.set_rng_state(self.of_torch)
+        random.setstate(self.of_python)
+        np.random.set_state(self.of_numpy)
+        if self.of_accelerators:
+            torch.cuda.set_rng_state_all(self.of_accelerators)
+
+    def is_same(self, other: RandomStates) -> bool:
+        """Return whether the states are equal."""
+        ours, theirs = ([each.of_torch, *each.of_accelerators] for each in (self, other))
+        return (
+            all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+            and self.of_python == other.of_python
+            and self.of_numpy[2:] == other.of_numpy[2:]
+            and bool((self.of_numpy[1] == other.of_numpy[1]).all())
+        )
+
+    @property
+    def num_bytes(self) -> int:
+        """About how much memory they take."""
+        tensors = [self.of_torch, *self.of_accelerators]
+        return sum(tensor.nbytes for tensor in tensors) + int(self.of_numpy[1].nbytes) + 36 * len(self.of_python[1])
 
 
 @contextmanager
@@ -28,16 +69,11 @@ def isolate_randomness(loaders: Iterable[Any]) -> Iterator[None]:
         if callable(getattr(loader, "state_dict", None)) and hasattr(loader, "load_state_dict"):
             found[id(loader)] = loader
     states = [(each, _get_state(each)) for each in found.values()]
-    everywhere = (torch.get_rng_state(), random.getstate(), np.random.get_state())
-    accelerators = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    everywhere = RandomStates.now()
     try:
         yield
     finally:
-        torch.set_rng_state(everywhere[0])
-        random.setstate(everywhere[1])
-        np.random.set_state(everywhere[2])
-        if accelerators:
-            torch.cuda.set_rng_state_all(accelerators)
+        everywhere.restore()
         for each, state in states:
             _set_state(each, state)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -9,6 +10,7 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch import callbacks as pl_callbacks
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.console import Console
 from torch import Tensor, nn
@@ -19,13 +21,21 @@ from lightning_qat.callbacks.capture import BatchCapture
 from lightning_qat.callbacks.control import current_bits
 from lightning_qat.callbacks.errors import QATConfigurationError, as_configuration_error
 from lightning_qat.callbacks.evaluation import (
-    copy_module,
+    Snapshot,
     copy_shell,
     copy_weights,
+    find_modes,
     is_last_validation,
     validation_loaders,
 )
 from lightning_qat.callbacks.isolation import isolate_randomness
+from lightning_qat.callbacks.ptq_arguments import (
+    check_calibration_data,
+    check_not_negative,
+    check_whole_numbers,
+    read_modes,
+    read_path,
+)
 from lightning_qat.callbacks.ptq_baseline import Baseline
 from lightning_qat.callbacks.ptq_report import (
     GAP_PREFIX,
@@ -36,7 +46,7 @@ from lightning_qat.callbacks.ptq_report import (
     print_scores,
     publish_missing,
 )
-from lightning_qat.callbacks.ptq_scoring import live_score, quantize_copy, score_results
+from lightning_qat.callbacks.ptq_scoring import VariantScorer
 from lightning_qat.callbacks.publish import publish
 from lightning_qat.core import PASS_THROUGH_BITS, Observer, PTQMethod
 from lightning_qat.core.registry import build
@@ -45,13 +55,11 @@ from lightning_qat.nn import (
     Plan,
     QATLayer,
     RulesLike,
-    check_finite,
     check_mapping,
     find_final_bits,
     parse_patterns,
     parse_rules,
     quantized_layers,
-    restore_float,
 )
 from lightning_qat.nn.calibrate import GIB
 from lightning_qat.nn.plan import plan_as_prepared
@@ -59,7 +67,7 @@ from lightning_qat.nn.sweep import PTQResults
 from lightning_qat.nn.sweep_plan import plan_sweep, read_bits
 from lightning_qat.observers import OBSERVERS
 from lightning_qat.ptq import build_methods
-from lightning_qat.records import append_record
+from lightning_qat.records import append_records
 
 _AVERAGING = getattr(pl_callbacks, "WeightAveraging", ())
 
@@ -93,13 +101,16 @@ class PTQCallback(pl.Callback):
             in ``trainer.validate``.
         limit_val_batches: Batches of each validation loader to score on. Default: all that were validated.
         max_seconds: Score no further variant after so long; what was left out is said.
-        mode: Whether the metrics are better if smaller (``"min"``) or larger, or that by metric.
+        mode: Whether the metrics are better if smaller (``"min"``) or larger (``"max"``), or that by metric. Default:
+            as a torchmetrics ``Metric`` that was logged says of itself, and smaller for all others.
         baseline: Results file of a float run with PTQCallback. With ``QATCallback``, ``gap_to_best_ptq/<metric>`` is
             then logged: QAT minus the best method of that run at the same width and step.
         results: JSON Lines file that records are added to. Default: ``ptq_results.jsonl`` in the Trainer's
             ``default_root_dir``.
         seed: Seed of the run, for the records.
         memory_budget_gib: GiB for the statistics of inputs.
+        validation_cache_gib: GiB of memory for validation batches, so that they are loaded once for all variants;
+            batches that take more, or that cannot be copied, are loaded again for each. 0 keeps none.
         unseen: What to do with layers that no token of the calibration reached: ``"error"`` or ``"rtn"``.
         sequential: Calibrate later parts of the model on what the quantized earlier ones give, once for every method
             and width, instead of all on the float model's inputs.
@@ -131,11 +142,12 @@ class PTQCallback(pl.Callback):
         calibration_data: Sequence[Any] | None = None,
         limit_val_batches: int | None = None,
         max_seconds: float | None = None,
-        mode: Literal["min", "max"] | Mapping[str, str] = "min",
+        mode: Literal["min", "max"] | Mapping[str, str] | None = None,
         baseline: str | Path | None = None,
         results: str | Path | None = None,
         seed: int = 0,
         memory_budget_gib: float = 4.0,
+        validation_cache_gib: float = 1.0,
         unseen: Literal["error", "rtn"] = "error",
         sequential: bool = False,
         target_module: str | None = None,
@@ -146,55 +158,49 @@ class PTQCallback(pl.Callback):
         self.final_bits = read_bits(final_bits, "final_bits")
         self.rules = None if scheme is None else parse_rules(scheme)
         self.ignore = parse_patterns(ignore)
-        self.observer: Observer = build(observer, OBSERVERS, "observer")
+        check_whole_numbers(
+            every_n_validations=every_n_validations,
+            calibration_samples=calibration_samples,
+            limit_val_batches=limit_val_batches,
+        )
+        check_calibration_data(calibration_data)
+        check_not_negative(max_seconds=max_seconds, validation_cache_gib=validation_cache_gib)
+        check_positive(memory_budget_gib, "memory_budget_gib")
+        if unseen not in ("error", "rtn"):
+            raise ValueError(f"unseen={unseen!r} must be 'error' or 'rtn'.")
+        self.scorer = VariantScorer(
+            methods=self.methods,
+            observer=build(observer, OBSERVERS, "observer"),
+            memory_budget=int(memory_budget_gib * GIB),
+            unseen=unseen,
+            sequential=sequential,
+            limit_val_batches=limit_val_batches,
+            max_seconds=max_seconds,
+            validation_cache=int(validation_cache_gib * GIB),
+        )
         self.every_n_validations = every_n_validations
         self.calibration_data = calibration_data
-        self.limit_val_batches = limit_val_batches
-        self.max_seconds = max_seconds
-        self.mode = mode
+        self.mode = read_modes(mode)
+        self.results = read_path(results, "results")
         self.baseline = None if baseline is None else Baseline(baseline)
-        self.results = results
         self.seed = seed
-        check_positive(memory_budget_gib, "memory_budget_gib")
-        self.memory_budget = int(memory_budget_gib * GIB)
-        self.unseen = unseen
-        self.sequential = sequential
         self.target_module = target_module
         self.mapping = check_mapping(mapping)
-        self._check_arguments(calibration_samples)
         self.scores: list[Score] = []
         self._capture = BatchCapture(calibration_samples)
         self._num_validations = 0
         self._shell: pl.LightningModule | None = None
         self._validated: dict[int, Tensor] | None = None
         self._has_swept_final_bits = False
-
-    def _check_arguments(self, calibration_samples: int) -> None:
-        if self.calibration_data is not None and not isinstance(self.calibration_data, (list, tuple)):
-            raise TypeError("calibration_data must be a list of batches, such as list(loader).")
-        if self.calibration_data is not None and not self.calibration_data:
-            raise ValueError("calibration_data has no batches.")
-        seconds: Any = self.max_seconds
-        if seconds is not None and (not isinstance(seconds, (int, float)) or not seconds >= 0):
-            raise ValueError(f"max_seconds={self.max_seconds!r} must be a number of seconds, 0 or more.")
-        for name, value in (
-            ("every_n_validations", self.every_n_validations),
-            ("calibration_samples", calibration_samples),
-            ("limit_val_batches", self.limit_val_batches),
-        ):
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"{name}={value!r} must be a whole number of at least 1.")
-        modes = self.mode.values() if isinstance(self.mode, Mapping) else [self.mode]
-        if not set(modes) <= {"min", "max"}:
-            raise ValueError(f"mode={self.mode!r} must be 'min' or 'max', or a mapping from metrics to these.")
-        if self.unseen not in ("error", "rtn"):
-            raise ValueError(f"unseen={self.unseen!r} must be 'error' or 'rtn'.")
+        self._is_resumed = False
+        self._is_alone = True
 
     # ------------------------------------------------------------------------------------------------- before
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check what can be checked before any time is spent."""
+        self._is_alone = trainer.world_size == 1
         if (
             stage == "validate"
             and self.calibration_data is None
@@ -220,7 +226,19 @@ class PTQCallback(pl.Callback):
         self._check_forward(pl_module)
         copy_shell(pl_module)  # or say that it cannot be copied
         self._has_swept_final_bits = False
-        self._capture = BatchCapture(self._capture.num_samples)
+        if quantized_layers(pl_module):
+            self._warn_of_what_qat_decides()
+        if not self._is_resumed:
+            self._capture, self._num_validations = BatchCapture(self._capture.num_samples), 0
+        self._is_resumed = False
+
+    def _warn_of_what_qat_decides(self) -> None:
+        given = {"scheme": self.rules, "ignore": self.ignore, "target_module": self.target_module}
+        if names := [name for name, value in {**given, "mapping": self.mapping}.items() if value]:
+            rank_zero_warn(
+                f"PTQCallback's {', '.join(names)} have no effect beside QATCallback: the same layers are quantized, "
+                "by the same schemes, so that the two can be compared."
+            )
 
     def _check_forward(self, pl_module: pl.LightningModule) -> None:
         has_forward = type(pl_module).forward not in (pl.LightningModule.forward, nn.Module.forward)
@@ -265,7 +283,8 @@ class PTQCallback(pl.Callback):
                 self._shell = copy_shell(pl_module)
 
     def _is_due(self, num_validations: int, trainer: pl.Trainer) -> bool:
-        return num_validations % self.every_n_validations == 0 or self._is_final(trainer)
+        is_asked_for = trainer.state.fn != TrainerFn.FITTING
+        return is_asked_for or num_validations % self.every_n_validations == 0 or self._is_final(trainer)
 
     def _is_final(self, trainer: pl.Trainer) -> bool:
         return self.final_bits is not None and is_last_validation(trainer)
@@ -326,41 +345,44 @@ class PTQCallback(pl.Callback):
         pl_module: pl.LightningModule,
         shell: pl.LightningModule,
         validated: dict[int, Tensor] | None,
-        batches: list[Any],
+        batches: Sequence[Any],
         widths: tuple[float, ...],
     ) -> None:
-        is_qat = bool(quantized_layers(pl_module))
         with torch.inference_mode(False), torch.no_grad(), isolate_randomness(validation_loaders(trainer)):
-            weights = validated or copy_weights(pl_module)
+            snapshot = Snapshot(shell, validated or copy_weights(pl_module))
+            plan = functools.partial(self._plan, widths=widths)
+            scores, results = self.scorer.run(trainer, snapshot, plan, widths, batches)
+        if not scores:
+            return
+        is_qat = scores[0].method == QAT
+        current = scores[0].num_bits if is_qat and scores[0].num_bits in widths else min(self._widths(pl_module))
+        self._publish(trainer, scores, current)
+        self._report(trainer, scores, results)
 
-            def make_twin() -> pl.LightningModule:
-                twin = copy_module(shell, weights)
-                restore_float(twin)
-                return twin
+    # ---------------------------------------------------------------------------------------------- checkpoints
 
-            twin = copy_module(shell, weights)
-            plan = self._plan(twin, widths)
-            restore_float(twin)
-            check_finite({layer.name: layer.weight for layer in plan.layers})
-            results = quantize_copy(
-                trainer,
-                twin,
-                plan,
-                batches,
-                self.methods,
-                widths,
-                self.observer,
-                memory_budget=self.memory_budget,
-                unseen=self.unseen,
-                sequential=self.sequential,
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to calibrate on the same batches: these, if they are plain tensors.
+
+        With several processes each has batches of its own, and only one writes the checkpoint: they are left out.
+        """
+        capture = self._capture.state_dict() if self._is_alone else None
+        return {"num_validations": self._num_validations, "capture": capture}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self._num_validations = state_dict["num_validations"]
+        self._capture = BatchCapture(self._capture.num_samples)
+        if state_dict["capture"] is not None:
+            self._capture.load_state_dict(state_dict["capture"])
+        elif self.calibration_data is None and self._needs_calibration:
+            rank_zero_warn(
+                "The checkpoint does not hold the batches that PTQCallback calibrated on: it goes on with the next "
+                "ones. Give calibration_data to calibrate on the same ones."
             )
-            scores = score_results(trainer, make_twin, results, is_qat, self.limit_val_batches, self.max_seconds)
-        if is_qat and scores:
-            scores.insert(0, live_score(trainer, pl_module, {name for score in scores for name in score.metrics}))
-        if scores:
-            current = scores[0].num_bits if is_qat and scores[0].num_bits in widths else min(self._widths(pl_module))
-            self._publish(trainer, scores, current)
-            self._report(trainer, scores, results)
+        self._is_resumed = True
 
     # ------------------------------------------------------------------------------------------------ reporting
 
@@ -374,9 +396,17 @@ class PTQCallback(pl.Callback):
     @rank_zero_only
     def _report(self, trainer: pl.Trainer, scores: list[Score], results: PTQResults) -> None:
         self.scores += scores
-        path = Path(self.results) if self.results is not None else Path(trainer.default_root_dir, "ptq_results.jsonl")
-        for score in scores:
-            for metric in score.metrics:
-                mode = self.mode.get(metric, "min") if isinstance(self.mode, Mapping) else self.mode
-                append_record(path, score.to_record(metric, mode == "max", trainer.global_step, self.seed))
+        path = self.results or Path(trainer.default_root_dir, "ptq_results.jsonl")
+        modes = {metric: self._mode(trainer, metric) for score in scores for metric in score.metrics}
+        records = [
+            score.to_record(metric, modes[metric] == "max", trainer.global_step, self.seed)
+            for score in scores
+            for metric in score.metrics
+        ]
+        append_records(path, *records)
         print_scores(Console(), scores, results, trainer.global_step)
+
+    def _mode(self, trainer: pl.Trainer, metric: str) -> str:
+        if isinstance(self.mode, str):
+            return self.mode
+        return (self.mode or {}).get(metric) or find_modes(trainer).get(metric, "min")

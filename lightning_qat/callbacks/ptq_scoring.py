@@ -4,95 +4,146 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_qat.callbacks.batch_memory import BatchMemory
 from lightning_qat.callbacks.control import current_bits
-from lightning_qat.callbacks.evaluation import validate_copy
+from lightning_qat.callbacks.evaluation import Snapshot, validate_copy
 from lightning_qat.callbacks.ptq_report import OF_LATENT, QAT, Score
 from lightning_qat.core import Observer, PTQMethod, QuantScheme
-from lightning_qat.nn import Plan, quantized_layers
+from lightning_qat.nn import Plan, check_finite, quantized_layers, restore_float
 from lightning_qat.nn.bits import bit_report
 from lightning_qat.nn.forward import call_forward, evaluation_mode
 from lightning_qat.nn.sweep import PTQResults, sweep
 from lightning_qat.nn.sweep_plan import progress_bar
 
 
-def quantize_copy(
-    trainer: pl.Trainer,
-    twin: pl.LightningModule,
-    plan: Plan,
-    batches: Sequence[Any],
-    methods: Mapping[str, PTQMethod],
-    bits: Sequence[float],
-    observer: Observer,
-    **options: Any,
-) -> PTQResults:
-    """Quantize the float module ``twin``, calibrated in evaluation mode and in the Trainer's precision.
+@dataclass
+class VariantScorer:
+    """Quantizes a copy of a module by several methods, and validates each result; arguments as in ``PTQCallback``.
 
-    See :func:`lightning_qat.nn.sweep.sweep` for the other arguments.
+    Args:
+        methods: Methods by name.
+        observer: Where ranges come from for methods without a search of their own.
+        memory_budget: Bytes for the statistics of inputs.
+        unseen: What to do with layers that no token reached.
+        sequential: Whether to calibrate part by part.
+        limit_val_batches: Batches of each validation loader, or None for all that were validated.
+        max_seconds: Score no further variant after so long.
+        validation_cache: Bytes for validation batches.
     """
-    calibration_step = getattr(twin, "calibration_step", None)
 
-    def step(batch: Any) -> Any:
-        batch = trainer.precision_plugin.convert_input(move_data_to_device(batch, twin.device))
-        with trainer.precision_plugin.forward_context():
-            return call_forward(twin, batch) if calibration_step is None else calibration_step(batch)
+    methods: Mapping[str, PTQMethod]
+    observer: Observer
+    memory_budget: int
+    unseen: Literal["error", "rtn"]
+    sequential: bool
+    limit_val_batches: int | None
+    max_seconds: float | None
+    validation_cache: int
 
-    with evaluation_mode(twin):
-        return sweep(
-            twin,
-            plan,
-            batches,
-            methods,
-            bits,
-            observer,
-            step=step,
-            progress=progress_bar if trainer.is_global_zero else None,
-            **options,
-        )
+    def run(
+        self,
+        trainer: pl.Trainer,
+        snapshot: Snapshot,
+        make_plan: Callable[[pl.LightningModule], Plan],
+        bits: Sequence[float],
+        batches: Sequence[Any],
+    ) -> tuple[list[Score], PTQResults]:
+        """Return the scores of all variants, that of fake quantization first if there is some, and the results.
+
+        Args:
+            trainer: The Trainer, at the end of a validation.
+            snapshot: The module that was validated.
+            make_plan: Returns the plan for a module.
+            bits: Widths.
+            batches: Calibration batches.
+        """
+        twin = snapshot.copy()
+        plan = make_plan(twin)
+        restore_float(twin)
+        check_finite({layer.name: layer.weight for layer in plan.layers})
+        results = self._quantize(trainer, twin, plan, bits, batches)
+        memory = BatchMemory(self.validation_cache)
+        # First, since the variants take over the parameters of the snapshot.
+        live = self._validate_live(trainer, snapshot, memory) if snapshot.is_qat else {}
+        scores = self._score_variants(trainer, snapshot, results, memory)
+        if snapshot.is_qat and scores:
+            names = {name for score in scores for name in score.metrics}
+            scores.insert(0, _live_score(snapshot, {name: value for name, value in live.items() if name in names}))
+        return scores, results
+
+    def _quantize(
+        self, trainer: pl.Trainer, twin: pl.LightningModule, plan: Plan, bits: Sequence[float], batches: Sequence[Any]
+    ) -> PTQResults:
+        """Quantize the float module ``twin``, calibrated in evaluation mode and in the Trainer's precision."""
+        calibration_step = getattr(twin, "calibration_step", None)
+
+        def step(batch: Any) -> Any:
+            batch = trainer.precision_plugin.convert_input(move_data_to_device(batch, twin.device))
+            with trainer.precision_plugin.forward_context():
+                return call_forward(twin, batch) if calibration_step is None else calibration_step(batch)
+
+        with evaluation_mode(twin):
+            return sweep(
+                twin,
+                plan,
+                batches,
+                self.methods,
+                bits,
+                self.observer,
+                step=step,
+                memory_budget=self.memory_budget,
+                unseen=self.unseen,
+                sequential=self.sequential,
+                progress=progress_bar if trainer.is_global_zero else None,
+            )
+
+    def _score_variants(
+        self, trainer: pl.Trainer, snapshot: Snapshot, results: PTQResults, memory: BatchMemory
+    ) -> list[Score]:
+        """Validate every variant on a float module of its own; say which are left out after ``max_seconds``."""
+        started = time.perf_counter()
+        scores, left_out = [], []
+        for method, num_bits in results.weights:
+            # One rank decides, since validation has collective operations.
+            is_over = self.max_seconds is not None and time.perf_counter() - started > self.max_seconds
+            if self.max_seconds is not None and trainer.strategy.broadcast(is_over):
+                left_out.append(f"{method} at {num_bits:g} bits")
+                continue
+            began = time.perf_counter()
+            twin = snapshot.copy()
+            restore_float(twin)
+            results.apply(twin, method, num_bits)
+            bits = bit_report(twin, num_bits)
+            is_only = len(results.weights) == 1 and not snapshot.is_qat
+            metrics = validate_copy(trainer, twin, self.limit_val_batches, None if is_only else memory)
+            seconds = time.perf_counter() - began + results.seconds(method, num_bits)
+            name = f"{OF_LATENT}/{method}" if snapshot.is_qat else method
+            schemes = _name_schemes(layer.scheme.at(num_bits) for layer in results.plan.layers)
+            calibration = results.calibration_of(method)
+            scores.append(Score(name, num_bits, schemes, bits, metrics, seconds, calibration))
+        if left_out:
+            rank_zero_warn(f"PTQCallback ran out of max_seconds={self.max_seconds} before {', '.join(left_out)}.")
+        return scores
+
+    def _validate_live(self, trainer: pl.Trainer, snapshot: Snapshot, memory: BatchMemory) -> dict[str, float]:
+        """Return the metrics of the fake-quantized model, on as many batches as the variants."""
+        if self.limit_val_batches is None:  # validation has just logged them
+            return {name: float(value) for name, value in trainer.callback_metrics.items()}
+        return validate_copy(trainer, snapshot.copy(), self.limit_val_batches, memory)
 
 
-def score_results(
-    trainer: pl.Trainer,
-    make_twin: Callable[[], pl.LightningModule],
-    results: PTQResults,
-    is_of_qat: bool,
-    limit_batches: int | None,
-    max_seconds: float | None,
-) -> list[Score]:
-    """Validate every variant on a float module of its own; say which are left out after ``max_seconds``."""
-    started = time.perf_counter()
-    scores, left_out = [], []
-    for method, num_bits in results.weights:
-        # One rank decides, since validation has collective operations.
-        if max_seconds is not None and trainer.strategy.broadcast(time.perf_counter() - started > max_seconds):
-            left_out.append(f"{method} at {num_bits:g} bits")
-            continue
-        began = time.perf_counter()
-        twin = make_twin()
-        results.apply(twin, method, num_bits)
-        bits = bit_report(twin, num_bits)
-        metrics = validate_copy(trainer, twin, limit_batches)
-        seconds = time.perf_counter() - began + results.seconds(method, num_bits)
-        name = f"{OF_LATENT}/{method}" if is_of_qat else method
-        schemes = _name_schemes(layer.scheme.at(num_bits) for layer in results.plan.layers)
-        calibration = results.calibration_of(method)
-        scores.append(Score(name, num_bits, schemes, bits, metrics, seconds, calibration))
-    if left_out:
-        rank_zero_warn(f"PTQCallback ran out of max_seconds={max_seconds} before {', '.join(left_out)}.")
-    return scores
-
-
-def live_score(trainer: pl.Trainer, pl_module: pl.LightningModule, names: set[str]) -> Score:
-    """Return the score of the fake-quantized model that was just validated, with the metrics in ``names``."""
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name in names}
-    num_bits = current_bits(pl_module)
-    schemes = _name_schemes(layer.weight_fake_quant.rung_scheme for layer in quantized_layers(pl_module).values())
-    return Score(QAT, num_bits, schemes, bit_report(pl_module, num_bits), metrics, 0.0)
+def _live_score(snapshot: Snapshot, metrics: dict[str, float]) -> Score:
+    num_bits = current_bits(snapshot.shell)
+    layers = quantized_layers(snapshot.shell).values()
+    schemes = _name_schemes(layer.weight_fake_quant.rung_scheme for layer in layers)
+    return Score(QAT, num_bits, schemes, bit_report(snapshot.shell, num_bits), metrics, 0.0)
 
 
 def _name_schemes(schemes: Iterable[QuantScheme]) -> str:

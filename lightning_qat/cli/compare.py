@@ -24,7 +24,7 @@ from lightning_qat.nn import make_plan, restore_float
 from lightning_qat.nn.bits import BitReport, bit_report
 from lightning_qat.nn.sweep import sweep
 from lightning_qat.ptq import RTN, build_methods
-from lightning_qat.records import EvalRecord, append_record
+from lightning_qat.records import EvalRecord, append_records
 from lightning_qat.tracking.report import report
 
 
@@ -35,7 +35,7 @@ def main(cfg: DictConfig) -> None:
     results = output_dir / "results.jsonl"
     results.unlink(missing_ok=True)
     for seed in read_seeds(cfg):
-        compare_seed(cfg, seed, output_dir, functools.partial(append_record, results))
+        compare_seed(cfg, seed, output_dir, functools.partial(append_records, results))
     report(results, output_dir / "quality_vs_bits.png", cfg.title)
 
 

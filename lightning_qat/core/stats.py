@@ -50,5 +50,9 @@ class LayerStats:
 
     def output_errors(self, errors: Tensor) -> Tensor:
         """Return the same for errors ``[..., O, I]``, float64 ``[...]``."""
+        return self.row_errors(errors).sum(-1)
+
+    def row_errors(self, errors: Tensor) -> Tensor:
+        """Return the same for each output by itself, float64 ``[..., O]``."""
         rows = self.split_rows(errors.float())
-        return ((rows @ self.hessian) * rows).sum((-3, -2, -1), dtype=torch.float64) / self.num_tokens
+        return ((rows @ self.hessian) * rows).sum(-1, dtype=torch.float64).flatten(-2) / self.num_tokens

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_qat.core import LayerStats
+from lightning_qat.core.precision import full_float32
 from lightning_qat.nn.input_matrix import columns_per_channel, num_columns, num_groups
 
 ThingT = TypeVar("ThingT")
@@ -24,8 +25,8 @@ class Accumulator:
     num_tokens: int = 0
 
     def add(self, tokens: Tensor) -> None:
-        """Add tokens ``[K, N, I]``; in float32 also where the model runs under autocast."""
-        with torch.autocast(tokens.device.type, enabled=False):
+        """Add tokens ``[K, N, I]``; in full float32 also where the model runs under autocast or in TF32."""
+        with torch.autocast(tokens.device.type, enabled=False), full_float32():
             if self.hessian is None or self.abs_sum is None:
                 self.hessian, self.abs_sum = tokens.mT @ tokens, tokens.abs().sum(1)
             else:

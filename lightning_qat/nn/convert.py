@@ -229,5 +229,6 @@ def prepare_passing(root: nn.Module, plan: Plan) -> None:
 def load_quantized_weight(layer: QATLayer, quantized: QuantizedWeight, num_bits: float) -> None:
     """Give a layer whose weight passes unchanged dequantized values, and quantize its input at ``num_bits``."""
     layer.weight.copy_(layer.from_matrix(quantized.dequantize(), layer.weight))
+    layer.weight_fake_quant.loaded = quantized
     if layer.input_fake_quant is not None:
         layer.input_fake_quant.set_num_bits(num_bits)

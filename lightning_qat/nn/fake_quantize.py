@@ -52,6 +52,7 @@ class WeightFakeQuantize(AnnealedGrid):
         log_scale_ratio: Trainable parameter, float32 ``[O * G]`` (1-D: FSDP2 refuses 0-D, and optimizers such
             as Muon take 2-D for a matrix), or None if scales are not learned.
         frozen: Whether the grid no longer moves.
+        loaded: What the weight was quantized to before it was put in to pass unchanged, or None.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class WeightFakeQuantize(AnnealedGrid):
         self.log_scale_ratio = nn.Parameter(zeros.clone()) if config.learn_scales else None
         self.frozen = False
         self.is_stale = True
+        self.loaded: QuantizedWeight | None = None
 
     @property
     def follows_weight(self) -> bool:
@@ -135,6 +137,8 @@ class WeightFakeQuantize(AnnealedGrid):
         Raises:
             ValueError: If the weight has NaN or infinite values, or the current rung is the pass-through.
         """
+        if self.pass_through and self.loaded is not None and self._is_loaded(weight):
+            return self.loaded
         if self.pass_through:
             raise ValueError(
                 "The weight is not quantized yet: the schedule is at its 16-bit pass-through. Train on until fake "
@@ -143,6 +147,9 @@ class WeightFakeQuantize(AnnealedGrid):
         params = self.qparams(weight)
         params = QuantParams(params.scale.clone(), None if params.zero_point is None else params.zero_point.clone())
         return QuantizedWeight(quantize(weight, params, self.rung_scheme), params, self.rung_scheme)
+
+    def _is_loaded(self, weight: Tensor) -> bool:
+        return self.loaded is not None and torch.equal(self.loaded.dequantize().to(weight), weight)
 
     def _move_to(self, device: torch.device) -> None:
         super()._move_to(device)

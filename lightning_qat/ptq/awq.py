@@ -9,11 +9,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_qat.core.grid import QuantizedWeight, QuantParams, fake_quantize, group_view, quantize
+from lightning_qat.core.grid import QuantizedWeight, QuantParams, group_view, quantize
 from lightning_qat.core.protocols import Observer
 from lightning_qat.core.scheme import QuantScheme
 from lightning_qat.core.stats import LayerStats
 from lightning_qat.observers import MSEObserver
+from lightning_qat.ptq.ranges import search_scaled_ranges
 
 _CHUNK = 2**22
 """Weights times candidates for a scale that are handled at once."""
@@ -48,17 +49,17 @@ class AWQ:
     def __call__(
         self, weight: Tensor, schemes: Sequence[QuantScheme], observer: Observer, stats: LayerStats | None = None
     ) -> list[QuantizedWeight]:
-        """Return ``weight`` ``[O, I]`` for each scheme; ``observer`` is not used."""
+        """Return ``weight`` ``[O, I]`` for each scheme."""
         assert stats is not None
         weight = weight.float()
-        return [self._quantize(weight, scheme, stats) for scheme in schemes]
+        return [self._quantize(weight, scheme, observer, stats) for scheme in schemes]
 
-    def _quantize(self, weight: Tensor, scheme: QuantScheme, stats: LayerStats) -> QuantizedWeight:
+    def _quantize(self, weight: Tensor, scheme: QuantScheme, observer: Observer, stats: LayerStats) -> QuantizedWeight:
         scales = self._scales(weight, scheme, stats)
         coarse = _Candidates.search(weight, scales, scheme, stats, self.coarse_search)
         order = coarse.errors[1:].argsort(stable=True) + 1
         finalists = torch.cat([scales[:1], scales[order[: self.num_finalists]]])  # no scaling is always among them
-        fine = _Candidates.search(weight, finalists, scheme, stats, self.search)
+        fine = _Candidates.search(weight, finalists, scheme, stats, self.search, observer)
         best = fine if fine.errors.min() <= coarse.errors.min() else coarse
         return best.quantize(weight, scheme, stats)
 
@@ -83,14 +84,19 @@ class _Candidates:
 
     @staticmethod
     def search(
-        weight: Tensor, scales: Tensor, scheme: QuantScheme, stats: LayerStats, search: MSEObserver
+        weight: Tensor,
+        scales: Tensor,
+        scheme: QuantScheme,
+        stats: LayerStats,
+        search: MSEObserver,
+        observer: Observer | None = None,
     ) -> _Candidates:
         errors, params = [], []
         size = 1 if scheme.granularity == "tensor" else max(1, _CHUNK // weight.numel())
         for some in torch.split(scales, size):
             rows = stats.expand_rows(some, len(weight))
-            found, scaled = _search_together(weight, rows, scheme, stats, search)
-            errors += stats.output_errors(scaled / rows - weight).tolist()
+            found, row_errors = search_scaled_ranges(weight, rows, scheme, stats, search, observer)
+            errors += row_errors.sum(-1).tolist()
             params += found
         return _Candidates(torch.tensor(errors, dtype=torch.float64), scales, params)
 
@@ -101,23 +107,6 @@ class _Candidates:
         codes = quantize(weight * rows, self.params[index], scheme)
         input_scale = self.scales[index, 0] if self.scales.shape[1] == 1 else rows
         return QuantizedWeight(codes, self.params[index], scheme, None if (rows == 1).all() else input_scale)
-
-
-def _search_together(
-    weight: Tensor, rows: Tensor, scheme: QuantScheme, stats: LayerStats, search: MSEObserver
-) -> tuple[list[QuantParams], Tensor]:
-    """Search the ranges of ``weight`` times each of ``rows`` ``[C, O, I]`` as if they were one tall weight.
-
-    Returns:
-        The ranges of each, and the levels nearest to the scaled weights, ``[C, O, I]``.
-    """
-    scaled = (weight * rows).flatten(0, 1)
-    importance = (stats.importance(len(weight)) / rows.square()).flatten(0, 1)
-    params = search(scaled, scheme, importance=importance)
-    nearest = fake_quantize(scaled, params, scheme).reshape(rows.shape)
-    scales = params.scale.chunk(len(rows))
-    zero_points = [None] * len(rows) if params.zero_point is None else params.zero_point.chunk(len(rows))
-    return [QuantParams(s, z) for s, z in zip(scales, zero_points, strict=True)], nearest
 
 
 def _relative_size(weight: Tensor, scheme: QuantScheme, stats: LayerStats) -> Tensor:

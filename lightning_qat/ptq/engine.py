@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_qat.core import LayerStats, Observer, PTQMethod, QuantizedWeight, QuantScheme
+from lightning_qat.core.precision import full_float32
 from lightning_qat.ptq.cholesky import LinAlgError
 from lightning_qat.ptq.rtn import RTN
 
@@ -43,6 +44,7 @@ class LayerReport:
 
 
 @torch.no_grad()
+@full_float32()
 def quantize_layer(
     name: str,
     weight: Tensor,

@@ -651,7 +651,8 @@ def test_an_error_in_the_pass_leaves_the_trainer_as_it_was(tmp_path):
         ({"mode": "lower"}, "must be 'min' or 'max'"),
         ({"bits": True}, "must be one or more different widths"),
         ({"calibration_data": []}, "calibration_data has no batches"),
-        ({"max_seconds": "5"}, "max_seconds='5' must be a number of seconds"),
+        ({"max_seconds": "5"}, "max_seconds='5' must be a finite number, 0 or more"),
+        ({"validation_cache_gib": -1}, "validation_cache_gib=-1 must be a finite number"),
         ({"unseen": "skip"}, "must be 'error' or 'rtn'"),
     ],
 )

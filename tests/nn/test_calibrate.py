@@ -69,6 +69,26 @@ def test_statistics_are_float32_under_autocast():
     assert torch.equal(stats["0"].hessian[0], x.T @ x)
 
 
+def test_statistics_are_in_full_precision_whatever_the_run_has_chosen(monkeypatch):
+    seen = []
+    add = torch.Tensor.baddbmm_
+    products = torch.backends.mkldnn.matmul
+
+    def look(*args):
+        seen.append(products.fp32_precision)
+        return add(*args)
+
+    monkeypatch.setattr(torch.Tensor, "baddbmm_", look)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        collect(nn.Sequential(nn.Linear(8, 8)), [torch.randn(4, 8)] * 2)
+        assert torch.get_float32_matmul_precision() == "medium"
+        assert products.fp32_precision == "bf16"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == ["ieee"]
+
+
 class Attention(nn.Module):
     """Query, key and value are fed one tensor; ``mix`` another, and ``alone`` none."""
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch.linalg import LinAlgError
 
-from lightning_qat.core import LayerStats, QuantScheme
+from lightning_qat.core import LayerStats, QuantScheme, fake_quantize
 from lightning_qat.observers import MinMaxObserver, MSEObserver
 from lightning_qat.ptq import AWQ, GPTQ, PTQ_METHODS, RTN, IMatrix, build_methods
 from lightning_qat.ptq.cholesky import inverse_factor
 from lightning_qat.ptq.engine import quantize_layer
+from lightning_qat.ptq.ranges import search_ranges
 
 MINMAX = MinMaxObserver()
 
@@ -258,3 +259,22 @@ def test_methods_by_name(spec, names):
 def test_bad_methods_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
         build_methods(spec)
+
+
+@pytest.mark.parametrize("text", ["w2", "w3-asym", "w2g16", "w2-tensor"])
+def test_a_row_keeps_the_range_whose_output_is_better(text):
+    """With inputs of one sign, as after a ReLU, errors add up, and E[x²] alone misjudges what clipping costs."""
+    scheme, weight = QuantScheme.parse(text), weight_of(64, 32)
+    stats = stats_of(inputs(32).abs() + 5)
+    searched = search_ranges(weight, scheme, stats, MSEObserver())
+    better = search_ranges(weight, scheme, stats, MSEObserver(), MINMAX)
+    errors = [
+        stats.row_errors(fake_quantize(weight, params, scheme) - weight)
+        for params in (searched, MINMAX(weight, scheme), better)
+    ]
+    if scheme.granularity == "tensor":
+        assert errors[2].sum() == min(errors[0].sum(), errors[1].sum())
+        return
+    assert (errors[1] < errors[0]).any()
+    assert (errors[0] < errors[1]).any()
+    assert torch.equal(errors[2], torch.minimum(errors[0], errors[1]))
