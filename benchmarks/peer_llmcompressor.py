@@ -1,6 +1,6 @@
 """GPTQ by llm-compressor on a saved model, in a Python that has it; prints one JSON line of seconds and version.
 
-Usage: python peer_llmcompressor.py MODEL_FOLDER ROWS.npy NUM_ROWS NUM_BITS GROUP_SIZE(0 for per channel) OUT.pt
+Usage: python peer_llmcompressor.py MODEL_FOLDER ROWS.npy NUM_ROWS NUM_BITS OUT.pt
 """
 
 import json
@@ -26,12 +26,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def main() -> None:
     """Quantize, save the state dict, and print what it took."""
-    folder, rows_path, num_rows, num_bits, group_size, out = sys.argv[1:]
+    folder, rows_path, num_rows, num_bits, out = sys.argv[1:]
     model = AutoModelForCausalLM.from_pretrained(folder)
     rows = np.load(rows_path)[: int(num_rows)].astype(np.int64)
     data = Dataset.from_dict({"input_ids": rows.tolist(), "attention_mask": np.ones_like(rows).tolist()})
-    group = {"strategy": "group", "group_size": int(group_size)} if int(group_size) else {"strategy": "channel"}
-    weights = QuantizationArgs(num_bits=int(num_bits), symmetric=True, **group)
+    weights = QuantizationArgs(num_bits=int(num_bits), symmetric=True, strategy="channel")
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     recipe = GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"])
     started = time.perf_counter()

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from lightning_qat import quantize_model, restore_float
 from lightning_qat.ptq import GPTQ
+from lightning_qat.tasks.cifar_resnet import CifarResNet
 
 DATA = Path(os.environ.get("LIGHTNING_QAT_DATA", Path(__file__).parents[2] / "shared" / "data"))
 BITS = (8, 4, 3, 2)
@@ -22,41 +22,6 @@ def folder(name):
     if not (DATA / name).is_dir():
         pytest.skip(f"there is no {DATA / name}; LIGHTNING_QAT_DATA names the folder that holds it")
     return DATA / name
-
-
-class BasicBlock(nn.Module):
-    """Two convolutions; the shortcut subsamples and pads with zeros, without weights."""
-
-    def __init__(self, in_channels, channels, stride):
-        super().__init__()
-        self.stride, self.padding = stride, (channels - in_channels) // 2
-        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
-
-    def forward(self, x):
-        y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
-        shortcut = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, self.padding, self.padding))
-        return torch.relu(y + shortcut)
-
-
-class ResNet20(nn.Module):
-    """The ResNet of He et al. 2016 for CIFAR-10, option A."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-        widths = (16, 16, 32, 64)
-        for stage in (1, 2, 3):
-            first = BasicBlock(widths[stage - 1], widths[stage], 1 if stage == 1 else 2)
-            rest = [BasicBlock(widths[stage], widths[stage], 1) for _ in range(2)]
-            setattr(self, f"layer{stage}", nn.Sequential(first, *rest))
-        self.linear = nn.Linear(64, 10)
-
-    def forward(self, x):
-        x = self.layer3(self.layer2(self.layer1(torch.relu(self.bn1(self.conv1(x))))))
-        return self.linear(x.mean((2, 3)))
 
 
 def images(path, number):
@@ -82,7 +47,7 @@ def llama():
 @pytest.fixture(scope="module")
 def resnet():
     path = folder("cifar10-jpeg")
-    model = ResNet20()
+    model = CifarResNet()
     model.load_state_dict(pytest.importorskip("safetensors.torch").load_file(path / "resnet20.safetensors"))
     x, _ = images(path / "train.parquet", 256)
     return model.eval(), list(x.split(64)), images(path / "test.parquet", 512)
