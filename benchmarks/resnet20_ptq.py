@@ -9,9 +9,6 @@ from __future__ import annotations
 import argparse
 import copy
 import io
-import os
-import platform
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,24 +16,21 @@ import pyarrow.parquet as parquet
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from shared import data_folder, publish, table
 from torch import Tensor, nn
 
 from lightning_qat import quantize_model, restore_float
 from lightning_qat.ptq import AWQ, GPTQ, RTN, IMatrix
-from lightning_qat.records import package_versions
 from lightning_qat.tasks.cifar_resnet import CifarResNet
 
-METHODS = {"rtn": RTN(), "imatrix": IMatrix(), "awq": AWQ(), "gptq (min-max)": GPTQ(search=None), "gptq": GPTQ()}
+METHODS = {
+    "rtn": RTN(),
+    "imatrix": IMatrix(),
+    "awq": AWQ(),
+    "gptq (searched ranges)": GPTQ(search_convolutions=True),
+    "gptq": GPTQ(),
+}
 NUM_CALIBRATION = 512
-
-
-def data_folder() -> Path:
-    """Return the folder of the model, or stop with the reason."""
-    root = Path(os.environ.get("LIGHTNING_QAT_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
-    folder = root / "cifar10-jpeg"
-    if not folder.is_dir():
-        sys.exit(f"There is no {folder}. Set LIGHTNING_QAT_DATA to the folder that holds cifar10-jpeg/.")
-    return folder.resolve()
 
 
 def read_images(path: Path, number: int) -> tuple[Tensor, Tensor]:
@@ -61,7 +55,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=10_000, help="test images")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "resnet20_ptq")
     arguments = parser.parse_args()
-    folder = data_folder()
+    folder = data_folder("cifar10-jpeg")
     model = CifarResNet().eval()
     model.load_state_dict(load_file(folder / "resnet20.safetensors"))
     calibration, _ = read_images(folder / "train.parquet", NUM_CALIBRATION)
@@ -73,7 +67,7 @@ def main() -> None:
             results = quantize_model(
                 model,
                 list(calibration.split(64)),
-                methods={name: method for name, method in METHODS.items() if not sequential or method.needs_stats},
+                methods={name: method for name, method in METHODS.items() if not sequential or "gptq" in name},
                 bits=bits,
                 scheme=scheme,
                 ignore=["conv1", "linear"],
@@ -104,16 +98,9 @@ def report(out: Path, reference: float, scores: dict[tuple[str, str], float], nu
         "symmetric unless said otherwise, per output channel, first convolution and classifier in float, BatchNorm as",
         f"trained; {NUM_CALIBRATION} training images for calibration. Float: {reference:.2f}. Nothing in it is random.",
         "",
-        f"| method | {' | '.join(f'W{column}' for column in columns)} |",
-        f"|---|{'---|' * len(columns)}",
+        *table(scores, columns, 2),
     ]
-    for method in dict.fromkeys(method for method, _ in scores):
-        lines.append(f"| {method} | {' | '.join(f'{scores[method, column]:.2f}' for column in columns)} |")
-    lines += ["", f"{platform.machine()}, {os.cpu_count()} cores; {package_versions()}."]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "README.md").write_text(text)
+    publish(out, lines)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,25 +21,16 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from shared import data_folder, publish, table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lightning_qat import quantize_model, restore_float
 from lightning_qat.ptq import AWQ, GPTQ, RTN, IMatrix
-from lightning_qat.records import package_versions
 
 NUM_ROWS, WINDOW = 256, 256
 METHODS = {"rtn": RTN(), "imatrix": IMatrix(), "awq": AWQ(), "gptq (min-max)": GPTQ(search=None), "gptq": GPTQ()}
 SEQUENTIAL = {f"{name}, sequential": METHODS[name] for name in ("imatrix", "awq", "gptq (min-max)", "gptq")}
-
-
-def data_folder() -> Path:
-    """Return the folder of the model, or stop with the reason."""
-    root = Path(os.environ.get("LIGHTNING_QAT_DATA", Path(__file__).parents[1] / ".." / "shared" / "data"))
-    folder = root / "stories260k"
-    if not folder.is_dir():
-        sys.exit(f"There is no {folder}. Set LIGHTNING_QAT_DATA to the folder that holds stories260k/.")
-    return folder.resolve()
 
 
 def negative_log_likelihood(model: nn.Module, stream: Tensor) -> float:
@@ -109,7 +98,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="timings of each side, alternating")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "stories260k_ptq")
     arguments = parser.parse_args()
-    folder = data_folder()
+    folder = data_folder("stories260k")
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     rows = torch.from_numpy(np.load(folder / "generated_train.npy").astype(np.int64))[:NUM_ROWS]
     stream = torch.from_numpy(np.load(folder / "tinystories_dev.npy").astype(np.int64))
@@ -148,12 +137,8 @@ def report(out: Path, reference: float, scores: dict, ours: list, peers: list, p
         f"windows of {WINDOW}; weights only, symmetric, per output channel, head and embedding in float;",
         f"{NUM_ROWS} rows of `generated_train.npy` for calibration. Float: {reference:.4f}. Nothing in it is random.",
         "",
-        f"| method | {' | '.join(f'W{width}' for width in widths)} |",
-        f"|---|{'---|' * len(widths)}",
+        *table(scores, widths, 4),
     ]
-    for method in dict.fromkeys(method for method, _ in scores):
-        cells = [f"{scores[method, w]:.4f}" if (method, w) in scores else "" for w in widths]
-        lines.append(f"| {method} | {' | '.join(cells)} |")
     if peers:
         lines += [
             "",
@@ -162,11 +147,7 @@ def report(out: Path, reference: float, scores: dict, ours: list, peers: list, p
             f"4 bits {_median(ours, 2):.1f} s; one GPTQ of llm-compressor {peer_version}, which is sequential, at 4",
             f"bits {statistics.median(peers):.1f} s. The last two are not scored.",
         ]
-    lines += ["", f"{platform.machine()}, {os.cpu_count()} cores; {package_versions()}."]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "README.md").write_text(text)
+    publish(out, lines)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from rich.console import Console
 from torch import nn
 
 from lightning_qat.core import GradientEstimator, Observer, PTQMethod
+from lightning_qat.core.checks import check_choice, check_positive
 from lightning_qat.core.registry import build
 from lightning_qat.nn import (
     PatternsLike,
@@ -22,6 +23,7 @@ from lightning_qat.nn import (
     find_final_bits,
     parse_patterns,
     parse_rules,
+    quantized_layers,
 )
 from lightning_qat.nn.calibrate import GIB
 from lightning_qat.nn.forward import evaluation_mode
@@ -129,8 +131,8 @@ def quantize_model(
         methods: Names (``rtn``, ``imatrix``, ``awq``, ``gptq``), mappings with ``name`` and arguments, or methods
             by the names they shall have in the results.
         bits: Width or widths. Default: that of the scheme.
-        scheme: Scheme or rules at the smallest width, as in ``QATCallback``. Default: symmetric per channel at
-            the smallest of ``bits``.
+        scheme: Scheme or rules at the smallest of ``bits`` (``"w2g32"`` for ``bits=(4, 2)``), as in ``QATCallback``.
+            Default: symmetric per channel.
         ignore: Modules that stay in float.
         observer: Where ranges come from for methods that do not search for them.
         target_module: Name of the submodule outside which nothing is quantized.
@@ -144,14 +146,29 @@ def quantize_model(
         progress: Show the plan and bars.
 
     Returns:
-        Quantized weights by (method, width), and how each layer fared.
+        A :class:`~lightning_qat.nn.sweep.PTQResults`: quantized weights by (method, width), how each layer fared, and
+        ``apply``.
 
     Raises:
-        ValueError: If an argument is not valid or does not fit the model, a layer saw no token, or inputs were
-            NaN or infinite; layers are named.
+        TypeError: If an argument is of a wrong type.
+        ValueError: If an argument is not valid or does not fit the model, which must be in float; if a layer saw no
+            token, or inputs were NaN or infinite; layers are named.
     """
-    if isinstance(batches, (Mapping, torch.Tensor, str)):
-        raise TypeError("batches must be several batches, such as [batch] or a loader.")
+    if isinstance(batches, (Mapping, torch.Tensor, str)) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches must be several batches, such as [batch] or a loader, got a {type(batches).__name__}."
+        )
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a Module, got {model if isinstance(model, type) else type(model).__name__}.")
+    if quantized_layers(model):
+        raise ValueError(
+            "The model has fake quantization in it, from QATCallback, prepare or results.apply. If the weights "
+            "underneath are what is to be quantized, call restore_float(model) first."
+        )
+    if step is not None and not callable(step):
+        raise TypeError(f"step={step!r} must be a function that runs the model on a batch.")
+    check_positive(memory_budget_gib, "memory_budget_gib")
+    check_choice(unseen, "unseen", ("error", "rtn"))
     rules = None if scheme is None else parse_rules(scheme)
     widths = read_bits(bits, "bits") or _widths_of(rules)
     plan = plan_sweep(model, widths, rules, parse_patterns(ignore), target_module, check_mapping(mapping))

@@ -48,6 +48,7 @@ class EvalRecord:
         cost_seconds: Wall time of the whole training run, or of the quantization.
         data_hash: Hash of the data that was scored.
         calibration: ``one-shot``, ``sequential``, or None where inputs were not needed.
+        limit_val_batches: Number of validation batches of each loader, if not all were scored.
         versions: Versions of Python and packages.
     """
 
@@ -66,6 +67,7 @@ class EvalRecord:
     cost_seconds: float | None = None
     data_hash: str | None = None
     calibration: str | None = None
+    limit_val_batches: int | None = None
     versions: dict[str, str] = field(default_factory=package_versions)
 
     @property

@@ -221,3 +221,48 @@ def test_results_that_do_not_exist_or_fit_are_refused():
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         quantize_model(nn.Sequential(nn.Linear(8, 8)), [torch.randn(4, 8)], progress=False, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"unseen": "skip"}, ValueError, "unseen='skip' must be 'error' or 'rtn'"),
+        ({"memory_budget_gib": "4"}, TypeError, "memory_budget_gib='4' must be a number"),
+        ({"memory_budget_gib": -1}, ValueError, "memory_budget_gib=-1 must be positive"),
+        ({"batches": None}, TypeError, "got a NoneType"),
+        ({"batches": 3}, TypeError, "got a int"),
+        ({"batches": [[1.0, 2.0]]}, TypeError, "The layer '0' was called with a float, not with a tensor"),
+        ({"model": nn.Linear}, TypeError, "model must be a Module"),
+        ({"step": 3}, TypeError, "step=3 must be a function"),
+        ({"methods": 4}, TypeError, "methods=4 must be names"),
+        ({"methods": "rtn,gptq"}, ValueError, r"Give a tuple: \('rtn', 'gptq'\)"),
+        ({"methods": ("GPTQ",)}, ValueError, "Did you mean 'gptq'"),
+        ({"ignore": 3}, TypeError, "Expected patterns"),
+        ({"mapping": "x"}, TypeError, "must map layer classes"),
+    ],
+)
+def test_typical_mistakes_are_explained(change, error, message):
+    arguments = {"model": nn.Sequential(nn.Linear(8, 8)), "batches": [torch.randn(4, 8)], "methods": "gptq", "bits": 4}
+    with pytest.raises(error, match=message):
+        quantize_model(**{**arguments, **change}, progress=False)
+
+
+def test_a_model_with_fake_quantization_is_refused():
+    model = nn.Sequential(nn.Linear(8, 8))
+    results = quantize_model(model, [], methods="rtn", bits=4, progress=False)
+    results.apply(model, "rtn", 4)
+    with pytest.raises(ValueError, match="has fake quantization in it"):
+        quantize_model(model, [], methods="rtn", bits=4, progress=False)
+
+
+def test_a_typo_in_a_query_of_results_is_no_answer():
+    results = quantize_model(nn.Sequential(nn.Linear(8, 8)), [], methods="rtn", bits=4, progress=False)
+    assert repr(results) == "PTQResults(rtn at 4 bits, 1 layers, 0 fallbacks)"
+    for query in (
+        results.fallbacks,
+        results.num_reports,
+        results.calibration_of,
+        lambda name: results.seconds(name, 4),
+    ):
+        with pytest.raises(ValueError, match="no result of 'gtpq'; there are rtn"):
+            query("gtpq")

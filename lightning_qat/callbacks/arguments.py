@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from numbers import Integral, Real
 from typing import Any
 
 from lightning_qat.core import Schedule
@@ -42,18 +40,3 @@ def _read_schedule(spec: str | Schedule | Sequence[float] | Mapping[Any, Any]) -
         f"schedule={spec!r} must be a list of widths ([8, 4, 3]), a mapping from positions to widths ({{0: 8, 500: 4}} "
         "in optimizer steps, {0.0: 8, 0.5: 4} in fractions of the run), or leave it out for one width throughout."
     )
-
-
-def check_positive(value: Any, name: str, kind: Any = Real) -> None:
-    """Check that an optional number is a positive, finite one of the given kind.
-
-    Raises:
-        TypeError: If it is no such number.
-        ValueError: If it is not positive or not finite.
-    """
-    if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, kind):
-        raise TypeError(f"{name}={value!r} must be a {'whole ' if kind is Integral else ''}number.")
-    if not 0 < float(value) < math.inf:
-        raise ValueError(f"{name}={value} must be positive and finite; leave it out for the default.")

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 from typing_extensions import Self, override
 
 from lightning_qat.callbacks.isolation import RandomStates
@@ -19,8 +19,8 @@ from lightning_qat.callbacks.isolation import RandomStates
 class BatchMemory:
     """What the loaders of a validation gave: filled by the first variant, read by all others.
 
-    With each batch the random states are kept in which the loaders left them, so that whatever validation itself
-    draws is the same for all variants, and the same as if each had loaded its own batches.
+    Where loading has drawn random numbers, the states in which it left them are kept, too, so that what validation
+    itself draws is what it would be if each variant had loaded its own batches.
 
     Args:
         max_bytes: If the batches take more, none are kept.
@@ -35,51 +35,53 @@ class BatchMemory:
         self.max_bytes = max_bytes
         self.is_complete, self.has_overflowed = False, False
         self.length: int | None = None
-        self._items: list[tuple[Any, RandomStates]] = []
+        self._items: list[tuple[Any, RandomStates | None]] = []
         self._num_bytes = 0
 
-    def begin(self, length: int | None) -> None:
-        """Record from here on."""
+    def begin(self, before: RandomStates, length: int | None) -> None:
+        """Record from here on; ``before`` are the random states before the loaders began."""
         self.length, self._items, self._num_bytes = length, [], 0
-        self.add(None)
+        self.add(None, before)
 
-    def add(self, item: Any) -> None:
-        """Keep a copy of what the loaders gave."""
+    def add(self, item: Any, before: RandomStates) -> None:
+        """Keep a copy of what the loaders gave; ``before`` are the random states before they did."""
         if self.has_overflowed:
             return
+        states: RandomStates | None = RandomStates.now()
+        if states is not None and states.is_same(before):
+            states = None
         try:
-            self._num_bytes += _num_bytes(item)
-            copied = _copy(item)
+            self._num_bytes += _num_bytes(item) + (0 if states is None else states.num_bytes)
+            self.has_overflowed = self._num_bytes > self.max_bytes
+            if not self.has_overflowed:
+                self._items.append((_copy(item), states))
         except Exception:  # objects have their own ways of refusing; what cannot be copied is loaded again
             self.has_overflowed = True
-        else:
-            self._items.append((copied, self._random_states()))
-            self.has_overflowed = self._num_bytes > self.max_bytes
         if self.has_overflowed:
             self._items = []
 
-    def _random_states(self) -> RandomStates:
-        states = RandomStates.now()
-        if self._items and self._items[-1][1].is_same(states):
-            return self._items[-1][1]
-        self._num_bytes += states.num_bytes
-        return states
-
     def replay(self) -> Iterator[Any]:
-        """Restore the random states of the beginning, and return copies of what was kept, each with its own."""
-        (_, states), *items = self._items
-        states.restore()
+        """Return copies of what was kept, random states being changed as loading did."""
+        first, *items = self._items
+        _recall(first)
         return map(_recall, items)
 
 
-def _recall(kept: tuple[Any, RandomStates]) -> Any:
+def _recall(kept: tuple[Any, RandomStates | None]) -> Any:
     item, states = kept
-    states.restore()
+    if states is not None:
+        states.restore()
     return _copy(item)
 
 
 def _copy(item: Any) -> Any:
-    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf), item)
+    """Return a deep copy, in which a tensor that occurs twice is still one, and a view has no more than it shows."""
+    tensors = [leaf for leaf in tree_leaves(item) if isinstance(leaf, Tensor)]
+    return copy.deepcopy(item, {id(tensor): _clone(tensor) for tensor in tensors})
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def _num_bytes(item: Any) -> int:
@@ -106,16 +108,18 @@ class RememberingLoader(CombinedLoader):
         if self._memory.is_complete:
             self._replayed = self._memory.replay()
         else:
+            before = RandomStates.now()
             super().__iter__()
-            self._memory.begin(sized_len(self))
+            self._memory.begin(before, sized_len(self))
         return self
 
     @override
     def __next__(self) -> Any:
         if self._replayed is not None:
             return next(self._replayed)
+        before = RandomStates.now()
         item = super().__next__()
-        self._memory.add(item)
+        self._memory.add(item, before)
         return item
 
     @override

@@ -147,6 +147,11 @@ def find_modes(trainer: Any) -> dict[str, str]:
     return {name: "max" if is_higher else "min" for name, is_higher in known.items() if is_higher is not None}
 
 
+def logged_step(trainer: Any) -> int:
+    """Return the step under which Lightning logs the metrics of a validation."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
 def is_last_validation(trainer: Any) -> bool:
     """Return whether the validation that is running is known to be the last of its fit."""
     if trainer.state.fn != TrainerFn.FITTING or trainer.should_stop or trainer.global_step >= trainer.max_steps > 0:

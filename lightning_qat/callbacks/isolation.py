@@ -15,7 +15,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class RandomStates:
-    """The global random states of a moment: of torch, Python, NumPy, and all accelerators."""
+    """The global random states of a moment: of torch, Python, NumPy, and all CUDA devices."""
 
     of_torch: Tensor
     of_python: Any

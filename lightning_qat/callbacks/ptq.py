@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +16,6 @@ from rich.console import Console
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_qat.callbacks.arguments import check_positive
 from lightning_qat.callbacks.capture import BatchCapture
 from lightning_qat.callbacks.control import current_bits
 from lightning_qat.callbacks.errors import QATConfigurationError, as_configuration_error
@@ -26,6 +25,7 @@ from lightning_qat.callbacks.evaluation import (
     copy_weights,
     find_modes,
     is_last_validation,
+    logged_step,
     validation_loaders,
 )
 from lightning_qat.callbacks.isolation import isolate_randomness
@@ -42,13 +42,15 @@ from lightning_qat.callbacks.ptq_report import (
     QAT,
     Score,
     check_monitors,
+    check_pace,
     name_figures,
     print_scores,
     publish_missing,
 )
-from lightning_qat.callbacks.ptq_scoring import VariantScorer
+from lightning_qat.callbacks.ptq_scoring import VariantScorer, try_calibration
 from lightning_qat.callbacks.publish import publish
 from lightning_qat.core import PASS_THROUGH_BITS, Observer, PTQMethod
+from lightning_qat.core.checks import check_positive
 from lightning_qat.core.registry import build
 from lightning_qat.nn import (
     PatternsLike,
@@ -79,11 +81,12 @@ class PTQCallback(pl.Callback):
     quantization. It is calibrated on copies of the first training batches, and scored by the module's own
     validation loop. Training goes on as if nothing had happened, to the bit.
 
-    Metrics appear as ``ptq/<method>_w<bits>/<metric>``, and at the width that QAT is at (without QAT, or if that
-    is not among ``bits``, at the smallest) as ``ptq/current/<method>/<metric>``: in the loggers, and in
-    ``trainer.callback_metrics`` for callbacks that monitor them and are listed later. Beside ``QATCallback`` the
-    prefix is ``ptq_of_latent``: the weights under fake quantization are not those of a float run, and their
-    quantization is not the baseline to compare with.
+    Records and table begin with the live model: ``qat``, or ``float_control``. Metrics appear as
+    ``ptq/<method>_w<bits>/<metric>``, and at the width that QAT is at (without QAT, or if that is not among ``bits``,
+    at the smallest) as ``ptq/current/<method>/<metric>``: in the loggers, and in ``trainer.callback_metrics`` for
+    callbacks that monitor them and are listed later. Beside ``QATCallback`` the prefix is ``ptq_of_latent``: the
+    weights under fake quantization are not those of a float run, and their quantization is not the baseline to
+    compare with.
 
     Args:
         methods: ``"rtn"``, ``"imatrix"``, ``"awq"``, ``"gptq"``, mappings with ``name`` and arguments, or methods
@@ -99,12 +102,13 @@ class PTQCallback(pl.Callback):
         calibration_samples: Training samples to keep for calibration, rounded up to whole batches.
         calibration_data: Batches to calibrate on instead, as ``calibration_step`` or ``forward`` takes them; needed
             in ``trainer.validate``.
-        limit_val_batches: Batches of each validation loader to score on. Default: all that were validated.
+        limit_val_batches: Number of batches of each validation loader to score on. Default: all that were validated.
         max_seconds: Score no further variant after so long; what was left out is said.
         mode: Whether the metrics are better if smaller (``"min"``) or larger (``"max"``), or that by metric. Default:
-            as a torchmetrics ``Metric`` that was logged says of itself, and smaller for all others.
+            as a torchmetrics ``Metric`` that was logged says of itself, and smaller for all others. A name stands for
+            its values on all loaders, too.
         baseline: Results file of a float run with PTQCallback. With ``QATCallback``, ``gap_to_best_ptq/<metric>`` is
-            then logged: QAT minus the best method of that run at the same width and step.
+            then logged: QAT minus the best method of that run, at the same step and on the same grid and batches.
         results: JSON Lines file that records are added to. Default: ``ptq_results.jsonl`` in the Trainer's
             ``default_root_dir``.
         seed: Seed of the run, for the records.
@@ -119,6 +123,8 @@ class PTQCallback(pl.Callback):
 
     A module may define ``calibration_step(batch)``; by default its ``forward`` gets what it takes from the batch.
     The copy is a deep copy: a forward hook that is a closure over the live module would still write into that.
+    Checkpoints hold the training samples that are calibrated on, for a resumed run (in a single process). One
+    PTQCallback for each Trainer: several settings of a method are several entries of ``methods``.
 
     A metric that a callback monitors and that a validation leaves out (fake quantization has not started, every
     n-th validation, ``max_seconds``) keeps its last value, or gets the worst there is if it never had one.
@@ -192,25 +198,15 @@ class PTQCallback(pl.Callback):
         self._shell: pl.LightningModule | None = None
         self._validated: dict[int, Tensor] | None = None
         self._has_swept_final_bits = False
-        self._is_resumed = False
-        self._is_alone = True
+        self._is_resumed = self._has_tried = False
+        self._is_alone = self._is_fitting = True
 
     # ------------------------------------------------------------------------------------------------- before
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check what can be checked before any time is spent."""
-        self._is_alone = trainer.world_size == 1
-        if (
-            stage == "validate"
-            and self.calibration_data is None
-            and self._needs_calibration
-            and not self._capture.batches
-        ):
-            raise QATConfigurationError(
-                f"{', '.join(self.methods)} need inputs to calibrate on, and trainer.validate has no training batches. "
-                "Give PTQCallback(calibration_data=[...]), batches of the training data."
-            )
+        self._is_alone, self._is_fitting = trainer.world_size == 1, stage == "fit"
 
     @property
     def _needs_calibration(self) -> bool:
@@ -224,10 +220,14 @@ class PTQCallback(pl.Callback):
         widths = None if is_qat and self.bits is None else (*self._widths(pl_module), *(self.final_bits or ()))
         check_monitors(trainer, is_qat, self.methods, widths)
         self._check_forward(pl_module)
+        check_pace(trainer, self.every_n_validations, self.scorer.max_seconds)
         copy_shell(pl_module)  # or say that it cannot be copied
+        self._has_tried = False
         self._has_swept_final_bits = False
-        if quantized_layers(pl_module):
+        if is_qat:
             self._warn_of_what_qat_decides()
+        elif self.baseline is not None:
+            rank_zero_warn("PTQCallback's baseline has no effect without QATCallback: it is what QAT is compared with.")
         if not self._is_resumed:
             self._capture, self._num_validations = BatchCapture(self._capture.num_samples), 0
         self._is_resumed = False
@@ -271,13 +271,25 @@ class PTQCallback(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Keep a copy of the first batches."""
-        if self.calibration_data is None and self._needs_calibration:
+        """Keep a copy of the first batches, and see whether they can be calibrated on."""
+        if not self._needs_calibration:
+            return
+        if self.calibration_data is None:
             self._capture.add(batch)
+        if not self._has_tried:
+            self._has_tried = True
+            batches = self.calibration_data or self._capture.batches
+            with torch.inference_mode(False), torch.no_grad(), isolate_randomness([]):
+                try_calibration(trainer, Snapshot(copy_shell(pl_module), copy_weights(pl_module)), batches[0])
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Copy all but the weights: by the end of validation, it has left its traces."""
+        if not self._is_fitting and self._needs_calibration and not (self.calibration_data or self._capture.batches):
+            raise QATConfigurationError(
+                f"{', '.join(self.methods)} need inputs to calibrate on, and trainer.validate has no training batches. "
+                "Give PTQCallback(calibration_data=[...]), batches of the training data, or a checkpoint that has them."
+            )
         if not trainer.sanity_checking and self._is_due(self._num_validations + 1, trainer):
             with torch.inference_mode(False):
                 self._shell = copy_shell(pl_module)
@@ -351,13 +363,13 @@ class PTQCallback(pl.Callback):
         with torch.inference_mode(False), torch.no_grad(), isolate_randomness(validation_loaders(trainer)):
             snapshot = Snapshot(shell, validated or copy_weights(pl_module))
             plan = functools.partial(self._plan, widths=widths)
-            scores, results = self.scorer.run(trainer, snapshot, plan, widths, batches)
-        if not scores:
+            live, scores, results = self.scorer.run(trainer, snapshot, plan, widths, batches)
+        if not any(score.metrics for score in scores):
+            rank_zero_warn("PTQCallback has nothing to report: no variant was scored, or validation logged no metric.")
             return
-        is_qat = scores[0].method == QAT
-        current = scores[0].num_bits if is_qat and scores[0].num_bits in widths else min(self._widths(pl_module))
-        self._publish(trainer, scores, current)
-        self._report(trainer, scores, results)
+        current = live.num_bits if live.num_bits in widths else min(self._widths(pl_module))
+        self._publish(trainer, live, scores, current)
+        self._report(trainer, live, scores, results)
 
     # ---------------------------------------------------------------------------------------------- checkpoints
 
@@ -382,31 +394,51 @@ class PTQCallback(pl.Callback):
                 "The checkpoint does not hold the batches that PTQCallback calibrated on: it goes on with the next "
                 "ones. Give calibration_data to calibrate on the same ones."
             )
-        self._is_resumed = True
+        self._is_resumed = self._is_fitting  # Lightning loads this for trainer.validate, too
 
     # ------------------------------------------------------------------------------------------------ reporting
 
-    def _publish(self, trainer: pl.Trainer, scores: Sequence[Score], current_bits: float | None) -> None:
+    def _publish(self, trainer: pl.Trainer, live: Score, scores: Sequence[Score], current_bits: float | None) -> None:
         figures = name_figures(scores, current_bits)
-        if self.baseline is not None and scores[0].method == QAT:
-            gaps = self.baseline.gaps(scores[0].metrics, scores[0].num_bits, trainer.global_step)
+        if self.baseline is not None and live.method == QAT:
+            gaps = self.baseline.gaps(live, trainer.global_step, self.seed, self._given_mode)
+            if not gaps:
+                rank_zero_warn(self.baseline.explain_missing(live, trainer.global_step))
             figures.update({f"{GAP_PREFIX}{name}": gap for name, gap in gaps.items()})
-        publish(trainer, figures, trainer.global_step)
+        publish(trainer, figures, logged_step(trainer))
 
     @rank_zero_only
-    def _report(self, trainer: pl.Trainer, scores: list[Score], results: PTQResults) -> None:
-        self.scores += scores
+    def _report(self, trainer: pl.Trainer, live: Score, scores: list[Score], results: PTQResults) -> None:
+        self.scores += [live, *scores] if live.method == QAT else scores
         path = self.results or Path(trainer.default_root_dir, "ptq_results.jsonl")
         modes = {metric: self._mode(trainer, metric) for score in scores for metric in score.metrics}
+        if isinstance(self.mode, Mapping):
+            self._warn_of_unknown_modes(modes)
         records = [
             score.to_record(metric, modes[metric] == "max", trainer.global_step, self.seed)
-            for score in scores
+            for score in (live, *scores)
             for metric in score.metrics
         ]
         append_records(path, *records)
-        print_scores(Console(), scores, results, trainer.global_step)
+        print_scores(Console(), [live, *scores], results, trainer.global_step)
+
+    def _warn_of_unknown_modes(self, metrics: Iterable[str]) -> None:
+        known = {name for metric in metrics for name in _names_of(metric)}
+        if unknown := sorted(set(self.mode or ()) - known):
+            rank_zero_warn(f"PTQCallback's mode names {', '.join(unknown)}, but validation logs {', '.join(metrics)}.")
 
     def _mode(self, trainer: pl.Trainer, metric: str) -> str:
-        if isinstance(self.mode, str):
+        modes = find_modes(trainer)
+        known = (modes[name] for name in _names_of(metric) if name in modes)
+        return self._given_mode(metric) or next(known, "min")
+
+    def _given_mode(self, metric: str) -> str | None:
+        if not isinstance(self.mode, Mapping):
             return self.mode
-        return (self.mode or {}).get(metric) or find_modes(trainer).get(metric, "min")
+        return next((self.mode[name] for name in _names_of(metric) if name in self.mode), None)
+
+
+def _names_of(metric: str) -> list[str]:
+    """Return the names by which a metric may be called: as it is, without its loader, and without ``_epoch``."""
+    plain = metric.partition("/dataloader_idx_")[0]
+    return [metric, plain, plain.removesuffix("_epoch")]

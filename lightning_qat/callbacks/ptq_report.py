@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 
@@ -16,7 +18,7 @@ from lightning_qat.nn.bits import BitReport
 from lightning_qat.nn.sweep import PTQResults
 from lightning_qat.records import EvalRecord
 
-QAT = "qat"
+QAT, FLOAT = "qat", "float_control"
 OF_FLOAT, OF_LATENT = "ptq", "ptq_of_latent"
 GAP_PREFIX = "gap_to_best_ptq/"
 
@@ -29,20 +31,22 @@ class Score:
         method: Name of the method; of latent QAT weights with the prefix ``ptq_of_latent/``, ``qat`` for the live
             model.
         num_bits: Width in bits.
-        scheme: Shorthand of its scheme.
+        scheme: Shorthand of its scheme, or None in float.
         bits: Effective bits.
         metrics: What validation logged.
         seconds: Wall time of quantization and validation.
         calibration: ``one-shot`` or ``sequential``; None if inputs were not needed.
+        limit_val_batches: Number of validation batches of each loader, if not all were scored.
     """
 
     method: str
     num_bits: float
-    scheme: str
+    scheme: str | None
     bits: BitReport
     metrics: dict[str, float]
     seconds: float
     calibration: str | None = None
+    limit_val_batches: int | None = None
 
     @property
     def is_of_qat(self) -> bool:
@@ -63,8 +67,9 @@ class Score:
             step=step,
             trained_with="qat" if self.is_of_qat else "float",
             seed=seed,
-            cost_seconds=self.seconds,
+            cost_seconds=None if self.method in (QAT, FLOAT) else self.seconds,
             calibration=self.calibration,
+            limit_val_batches=self.limit_val_batches,
         )
 
 
@@ -78,7 +83,7 @@ def name_figures(scores: Sequence[Score], current_bits: float | None) -> dict[st
     """
     figures = {}
     for score in scores:
-        if score.method == QAT:
+        if score.method in (QAT, FLOAT):
             continue
         prefix = OF_LATENT if score.is_of_qat else OF_FLOAT
         method = score.method.removeprefix(f"{OF_LATENT}/")
@@ -122,9 +127,33 @@ def check_monitors(trainer: Any, is_qat: bool, methods: Iterable[str], bits: Ite
     for monitor in our_monitors(trainer):
         if not monitor.startswith((GAP_PREFIX, *names)):
             raise QATConfigurationError(
-                f"{monitor!r} is monitored, but PTQCallback logs no such metric. Its metrics begin with one of "
-                f"{', '.join(names)}."
+                f"{monitor!r} is monitored, but PTQCallback logs no such metric. "
+                f"{'Beside' if is_qat else 'Without'} QATCallback its metrics begin with one of {', '.join(names)}."
             )
+
+
+def check_pace(trainer: Any, every_n_validations: int, max_seconds: float | None) -> None:
+    """Check that callbacks can live with metrics that are not measured at every validation.
+
+    Raises:
+        QATConfigurationError: If EarlyStopping would stop before anything is measured, or between two measurements.
+    """
+    if every_n_validations == 1 and max_seconds is None:
+        return
+    for callback in trainer.callbacks:
+        name, monitor = type(callback).__name__, getattr(callback, "monitor", None)
+        if monitor not in our_monitors(trainer):
+            continue
+        if isinstance(callback, EarlyStopping) and callback.patience < every_n_validations:
+            raise QATConfigurationError(
+                f"EarlyStopping counts validations, and {monitor!r} is measured at every {every_n_validations}th: give "
+                f"it a patience of at least {every_n_validations}, or measure at every validation."
+            )
+        rank_zero_warn(
+            f"{name} monitors {monitor!r}, which is not measured at every validation (every_n_validations="
+            f"{every_n_validations}, max_seconds={max_seconds}). In between it keeps its last value, which "
+            "EarlyStopping counts as no improvement, and ModelCheckpoint takes for that of the weights it saves."
+        )
 
 
 def publish_missing(trainer: Any, metrics: Iterable[str]) -> None:

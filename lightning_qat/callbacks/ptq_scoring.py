@@ -13,12 +13,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_qat.callbacks.batch_memory import BatchMemory
 from lightning_qat.callbacks.control import current_bits
+from lightning_qat.callbacks.errors import QATConfigurationError
 from lightning_qat.callbacks.evaluation import Snapshot, validate_copy
-from lightning_qat.callbacks.ptq_report import OF_LATENT, QAT, Score
+from lightning_qat.callbacks.ptq_report import FLOAT, OF_LATENT, QAT, Score
 from lightning_qat.core import Observer, PTQMethod, QuantScheme
-from lightning_qat.nn import Plan, check_finite, quantized_layers, restore_float
-from lightning_qat.nn.bits import bit_report
+from lightning_qat.nn import Plan, check_finite, restore_float
+from lightning_qat.nn.bits import BitReport, bit_report
+from lightning_qat.nn.calibrate import make_runner
 from lightning_qat.nn.forward import call_forward, evaluation_mode
+from lightning_qat.nn.plan import plan_as_prepared
 from lightning_qat.nn.sweep import PTQResults, sweep
 from lightning_qat.nn.sweep_plan import progress_bar
 
@@ -54,8 +57,8 @@ class VariantScorer:
         make_plan: Callable[[pl.LightningModule], Plan],
         bits: Sequence[float],
         batches: Sequence[Any],
-    ) -> tuple[list[Score], PTQResults]:
-        """Return the scores of all variants, that of fake quantization first if there is some, and the results.
+    ) -> tuple[Score, list[Score], PTQResults]:
+        """Return the score of the live model, those of all variants, and the results.
 
         Args:
             trainer: The Trainer, at the end of a validation.
@@ -71,24 +74,16 @@ class VariantScorer:
         results = self._quantize(trainer, twin, plan, bits, batches)
         memory = BatchMemory(self.validation_cache)
         # First, since the variants take over the parameters of the snapshot.
-        live = self._validate_live(trainer, snapshot, memory) if snapshot.is_qat else {}
+        live = self._validate_live(trainer, snapshot, memory)
         scores = self._score_variants(trainer, snapshot, results, memory)
-        if snapshot.is_qat and scores:
-            names = {name for score in scores for name in score.metrics}
-            scores.insert(0, _live_score(snapshot, {name: value for name, value in live.items() if name in names}))
-        return scores, results
+        names = {name for score in scores for name in score.metrics}
+        metrics = {name: value for name, value in live.items() if name in names}
+        return self._live_score(snapshot, metrics), scores, results
 
     def _quantize(
         self, trainer: pl.Trainer, twin: pl.LightningModule, plan: Plan, bits: Sequence[float], batches: Sequence[Any]
     ) -> PTQResults:
         """Quantize the float module ``twin``, calibrated in evaluation mode and in the Trainer's precision."""
-        calibration_step = getattr(twin, "calibration_step", None)
-
-        def step(batch: Any) -> Any:
-            batch = trainer.precision_plugin.convert_input(move_data_to_device(batch, twin.device))
-            with trainer.precision_plugin.forward_context():
-                return call_forward(twin, batch) if calibration_step is None else calibration_step(batch)
-
         with evaluation_mode(twin):
             return sweep(
                 twin,
@@ -97,7 +92,7 @@ class VariantScorer:
                 self.methods,
                 bits,
                 self.observer,
-                step=step,
+                step=_make_step(trainer, twin),
                 memory_budget=self.memory_budget,
                 unseen=self.unseen,
                 sequential=self.sequential,
@@ -121,29 +116,64 @@ class VariantScorer:
             restore_float(twin)
             results.apply(twin, method, num_bits)
             bits = bit_report(twin, num_bits)
-            is_only = len(results.weights) == 1 and not snapshot.is_qat
+            is_only = len(results.weights) == 1 and self.limit_val_batches is None
             metrics = validate_copy(trainer, twin, self.limit_val_batches, None if is_only else memory)
             seconds = time.perf_counter() - began + results.seconds(method, num_bits)
             name = f"{OF_LATENT}/{method}" if snapshot.is_qat else method
             schemes = _name_schemes(layer.scheme.at(num_bits) for layer in results.plan.layers)
             calibration = results.calibration_of(method)
-            scores.append(Score(name, num_bits, schemes, bits, metrics, seconds, calibration))
+            limit = self.limit_val_batches
+            scores.append(Score(name, num_bits, schemes, bits, metrics, seconds, calibration, limit))
         if left_out:
             rank_zero_warn(f"PTQCallback ran out of max_seconds={self.max_seconds} before {', '.join(left_out)}.")
         return scores
 
     def _validate_live(self, trainer: pl.Trainer, snapshot: Snapshot, memory: BatchMemory) -> dict[str, float]:
-        """Return the metrics of the fake-quantized model, on as many batches as the variants."""
+        """Return the metrics of the model as it is, on as many batches as the variants."""
         if self.limit_val_batches is None:  # validation has just logged them
             return {name: float(value) for name, value in trainer.callback_metrics.items()}
         return validate_copy(trainer, snapshot.copy(), self.limit_val_batches, memory)
 
+    def _live_score(self, snapshot: Snapshot, metrics: dict[str, float]) -> Score:
+        limit = self.limit_val_batches
+        if not snapshot.is_qat:
+            return Score(FLOAT, 32, None, BitReport(32, 32), metrics, 0.0, limit_val_batches=limit)
+        num_bits = current_bits(snapshot.shell)
+        layers = plan_as_prepared(snapshot.shell, num_bits).layers
+        schemes = _name_schemes(layer.scheme.at(num_bits) for layer in layers)
+        return Score(QAT, num_bits, schemes, bit_report(snapshot.shell, num_bits), metrics, 0.0, None, limit)
 
-def _live_score(snapshot: Snapshot, metrics: dict[str, float]) -> Score:
-    num_bits = current_bits(snapshot.shell)
-    layers = quantized_layers(snapshot.shell).values()
-    schemes = _name_schemes(layer.weight_fake_quant.rung_scheme for layer in layers)
-    return Score(QAT, num_bits, schemes, bit_report(snapshot.shell, num_bits), metrics, 0.0)
+
+def try_calibration(trainer: pl.Trainer, snapshot: Snapshot, batch: Any) -> None:
+    """Run a copy of the module on a batch as calibration will.
+
+    Raises:
+        QATConfigurationError: If that fails.
+    """
+    twin = snapshot.copy()
+    restore_float(twin)
+    try:
+        with evaluation_mode(twin):
+            make_runner(twin, [batch], _make_step(trainer, twin))(0)
+    except Exception as error:
+        what = "calibration_step(batch)" if hasattr(twin, "calibration_step") else "forward"
+        raise QATConfigurationError(
+            f"PTQCallback cannot calibrate {type(twin).__name__}: {what} fails on a calibration batch with "
+            f"{type(error).__name__}: {error}. Give the module a method calibration_step(self, batch) that runs it on "
+            "a batch of training."
+        ) from error
+
+
+def _make_step(trainer: pl.Trainer, twin: pl.LightningModule) -> Callable[[Any], Any]:
+    """Return what runs ``twin`` on a batch, on its device and in the Trainer's precision."""
+    calibration_step = getattr(twin, "calibration_step", None)
+
+    def step(batch: Any) -> Any:
+        batch = trainer.precision_plugin.convert_input(move_data_to_device(batch, twin.device))
+        with trainer.precision_plugin.forward_context():
+            return call_forward(twin, batch) if calibration_step is None else calibration_step(batch)
+
+    return step
 
 
 def _name_schemes(schemes: Iterable[QuantScheme]) -> str:

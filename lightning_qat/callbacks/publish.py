@@ -11,5 +11,5 @@ import torch
 def publish(trainer: pl.Trainer, figures: Mapping[str, float], step: int) -> None:
     """Send ``figures`` to all loggers, and to the callbacks that monitor metrics."""
     for logger in trainer.loggers:
-        logger.log_metrics(dict(figures), step=step)
+        logger.log_metrics({**figures, "epoch": trainer.current_epoch}, step=step)
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})

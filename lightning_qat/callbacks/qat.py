@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_qat.callbacks.arguments import build_schedule, check_positive
+from lightning_qat.callbacks.arguments import build_schedule
 from lightning_qat.callbacks.bypass import BypassCheck
 from lightning_qat.callbacks.checks import (
     check_callbacks,
@@ -32,6 +32,7 @@ from lightning_qat.callbacks.publish import publish
 from lightning_qat.callbacks.summary import print_summary
 from lightning_qat.callbacks.timeline import Timeline, check_position, make_timeline, resolve
 from lightning_qat.core import GradientEstimator, Observer, Schedule
+from lightning_qat.core.checks import check_positive
 from lightning_qat.core.registry import build
 from lightning_qat.estimators import ESTIMATORS
 from lightning_qat.nn import (

@@ -29,7 +29,7 @@ def build(spec: str | Mapping[str, Any] | T, registry: Mapping[str, type[T]], wh
         arguments = dict(spec)
         name = arguments.pop("name", None)
         if name not in registry:
-            close = difflib.get_close_matches(str(name), registry, n=1)
+            close = difflib.get_close_matches(str(name).lower(), registry, n=1)
             hint = f" Did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"There is no {what} {name!r}.{hint} Known: {', '.join(sorted(registry))}.")
         try:

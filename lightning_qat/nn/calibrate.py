@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import weakref
 from collections import defaultdict
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_map
 
 from lightning_qat.core import LayerStats
 from lightning_qat.nn.accumulator import Accumulator, from_all_processes, is_distributed
@@ -33,7 +34,11 @@ def make_runner(
         step: Called with a batch; runs the model. Default: :func:`call_forward`.
     """
     run = step or functools.partial(call_forward, root)
-    return lambda index: run(tree_map_only(Tensor, torch.clone, batches[index]))
+    return lambda index: run(tree_map(_copy, batches[index]))
+
+
+def _copy(leaf: Any) -> Any:
+    return leaf.clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
 
 
 class _Calls:
@@ -63,18 +68,22 @@ class CalibrationPlan:
         kind: ``one-shot``, with the inputs of the float model, or ``sequential``, with those that the quantized
             layers before give.
         procedure: How the latter is done.
+        num_batches: Number of calibration batches.
     """
 
     passes: tuple[tuple[tuple[str, ...], ...], ...]
     num_bytes: int
     kind: str = "one-shot"
     procedure: str = ""
+    num_batches: int | None = None
 
     def __str__(self) -> str:
         """Describe the plan in one line."""
         inputs = sum(len(groups) for groups in self.passes)
         layers = sum(len(names) for groups in self.passes for names in groups)
         passes = "one pass" if len(self.passes) == 1 else f"{len(self.passes)} passes"
+        if self.num_batches is not None:
+            passes += f" over {self.num_batches} batch{'' if self.num_batches == 1 else 'es'}"
         size = f"Hessians of {self.num_bytes / GIB:.2f} GiB"
         kind = f"{self.kind} ({self.procedure})" if self.procedure else self.kind
         return f"{kind}: {layers} layers with {inputs} distinct inputs in {passes}, {size}"
@@ -128,8 +137,8 @@ class Calibrator:
     def plan_passes(self, groups: Sequence[tuple[str, ...]]) -> CalibrationPlan:
         """Return the plan for layers of which is known which share their input."""
         passes = self._pack(groups)
-        most = max(sum(self._num_bytes(names[0]) for names in some) for some in passes)
-        return CalibrationPlan(tuple(tuple(some) for some in passes), most)
+        most = max((sum(self._num_bytes(names[0]) for names in some) for some in passes), default=0)
+        return CalibrationPlan(tuple(tuple(some) for some in passes), most, num_batches=len(self.batches))
 
     def _pack(self, groups: Sequence[tuple[str, ...]]) -> list[list[tuple[str, ...]]]:
         """Spread groups over as few passes as fit the budget: the largest first, each into the first that has room."""
@@ -171,13 +180,24 @@ class Calibrator:
                 del accumulators
 
     def _finish(self, accumulators: Iterable[Accumulator]) -> tuple[list[str], dict[str, LayerStats]]:
-        names, stats = [], {}
+        stats: dict[str, LayerStats] = {}
+        names: set[str] = set()
+        broken: set[str] = set()
         for accumulator in accumulators:
-            names += accumulator.names
+            names.update(accumulator.names)
             found = accumulator.stats(self.layers[accumulator.names[0]])
-            if found is not None:
+            if found is not None and not torch.isfinite(found.hessian).all():
+                broken.update(accumulator.names)
+            elif found is not None:
                 stats.update(dict.fromkeys(accumulator.names, found))
-        return names, stats
+        if broken:
+            first, *others = [name for name in self.layers if name in broken]
+            more = f" (and of {len(others)} other layers)" if others else ""
+            raise ValueError(
+                f"During calibration, inputs of the layer '{first}'{more} were NaN or infinite. Look for such "
+                "values in the calibration batches, or for an overflow before this layer."
+            )
+        return [name for name in self.layers if name in names], stats
 
     def _one_pass(
         self, groups: Sequence[tuple[str, ...]], label: str
@@ -207,7 +227,14 @@ class Calibrator:
     def _hooks(self, see: Callable[[str, Tensor], None], names: set[str] | None = None) -> Iterator[None]:
         def make_hook(name: str) -> Callable[..., None]:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                see(name, args[0] if args else next(iter(kwargs.values())))
+                x = args[0] if args else next(iter(kwargs.values()), None)
+                if not isinstance(x, Tensor):
+                    raise TypeError(
+                        f"The layer '{name}' was called with a {type(x).__name__}, not with a tensor: the model did "
+                        "not get what its forward takes out of a calibration batch. Give batches of tensors, or say "
+                        "how the model is called on a batch (step=..., or a method calibration_step of the module)."
+                    )
+                see(name, x)
 
             return hook
 

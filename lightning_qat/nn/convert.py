@@ -124,8 +124,8 @@ def _swap(layer: PlannedLayer, weight_fake_quant: WeightFakeQuantize, estimator:
 def restore_float(root: nn.Module) -> None:
     """Take all fake quantization out of ``root``, in place: every module has its original class again.
 
-    What is left are the float weights underneath, not the levels that training rounded them to; see
-    :func:`quantized_weights` for those.
+    What is left after training are the float weights underneath, not the levels that training rounded them to; see
+    :func:`quantized_weights` for those. After ``PTQResults.apply`` there are no others: the quantized ones stay.
     """
     for layer in quantized_layers(root).values():
         _restore_layer(layer)

@@ -137,7 +137,7 @@ class WeightFakeQuantize(AnnealedGrid):
         Raises:
             ValueError: If the weight has NaN or infinite values, or the current rung is the pass-through.
         """
-        if self.pass_through and self.loaded is not None and self._is_loaded(weight):
+        if self.pass_through and self.loaded is not None and torch.equal(self.loaded.dequantize().to(weight), weight):
             return self.loaded
         if self.pass_through:
             raise ValueError(
@@ -147,9 +147,6 @@ class WeightFakeQuantize(AnnealedGrid):
         params = self.qparams(weight)
         params = QuantParams(params.scale.clone(), None if params.zero_point is None else params.zero_point.clone())
         return QuantizedWeight(quantize(weight, params, self.rung_scheme), params, self.rung_scheme)
-
-    def _is_loaded(self, weight: Tensor) -> bool:
-        return self.loaded is not None and torch.equal(self.loaded.dequantize().to(weight), weight)
 
     def _move_to(self, device: torch.device) -> None:
         super()._move_to(device)

@@ -7,19 +7,33 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
 @contextmanager
 def evaluation_mode(root: nn.Module) -> Iterator[None]:
-    """Put ``root`` into evaluation mode, and each of its modules back into its own afterwards."""
+    """Put ``root`` into evaluation mode, and afterwards each of its modules back into its own.
+
+    Buffers, which a forward pass may change, get back what they were. Encoders pass no nested tensors meanwhile:
+    their tokens could not be told apart.
+    """
     modes = [(module, module.training) for module in root.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in root.buffers()]
+    nested = [module for module in root.modules() if getattr(module, "use_nested_tensor", False)]
+    for module in nested:
+        module.use_nested_tensor = False  # type: ignore[assignment]
     root.eval()
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
+        for module in nested:
+            module.use_nested_tensor = True  # type: ignore[assignment]
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 def call_forward(root: nn.Module, batch: Any) -> Any:

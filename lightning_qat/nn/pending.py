@@ -56,8 +56,9 @@ class PendingWeights:
         missing = [name for name in names if name not in stats]
         if missing and self.unseen == "error":
             raise ValueError(
-                f"No token reached {', '.join(missing)} during calibration. Give more batches, ignore these layers, "
-                "or allow round-to-nearest for them with unseen='rtn'."
+                f"No token reached {', '.join(missing)} during calibration (padding is none). Give more batches, "
+                "ignore these layers, or allow round-to-nearest for them with unseen='rtn'. If step= is given, it must "
+                "run the model that is quantized."
             )
         return self._add({name: stats.get(name) for name in names})
 

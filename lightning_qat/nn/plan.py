@@ -131,6 +131,8 @@ def check_mapping(mapping: Mapping[type[nn.Module], type[QATLayer]] | None) -> d
         TypeError: If it does not map layer classes to subclasses of both QATLayer and the layer, whose
             ``float_class`` is the layer and whose ``forward`` computes what the layer's does.
     """
+    if not isinstance(mapping, (Mapping, type(None))):
+        raise TypeError(f"mapping={mapping!r} must map layer classes to classes made for them.")
     for layer, qat_class in (mapping or {}).items():
         is_qat = isinstance(qat_class, type) and issubclass(qat_class, QATLayer)
         if not isinstance(layer, type) or not is_qat or vars(qat_class).get("float_class") is not layer:

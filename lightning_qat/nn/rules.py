@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -24,9 +24,14 @@ class Rule:
     target: str
     scheme: QuantScheme | None
 
-    def matches(self, parts: Iterable[tuple[str, type]]) -> bool:
-        """Return whether the rule applies to one of ``parts``: (name, type) of a module and what contains it."""
-        return any(matches(self.target, name, module_type) for name, module_type in parts)
+    def matches(self, parts: Iterable[tuple[str, type]], names: Container[str] = ()) -> bool:
+        """Return whether the rule applies to one of ``parts``: (name, type) of a module and what contains it.
+
+        Args:
+            parts: Names and types.
+            names: The names of all modules; see :func:`matches`.
+        """
+        return any(matches(self.target, name, module_type, names) for name, module_type in parts)
 
     def asks_for(self, labels: Iterable[str]) -> bool:
         """Return whether one part of the target is one of ``labels``, and not a wildcard that covers it."""
@@ -40,8 +45,14 @@ PatternsLike = str | type | Sequence[str | type] | None
 """Patterns of modules."""
 
 
-def matches(pattern: str, name: str, layer_type: type) -> bool:
-    """Return whether ``pattern`` is the type, or matches the name or its end from a dot on."""
+def matches(pattern: str, name: str, layer_type: type, names: Container[str] = ()) -> bool:
+    """Return whether ``pattern`` is the type, or matches the name or its end from a dot on.
+
+    A pattern that is the whole name of one of ``names`` means that module alone: ``conv1`` of a ResNet is its first
+    convolution, and not also the first one of every block, which ``*.conv1`` is.
+    """
+    if pattern in names:
+        return name == pattern
     return pattern == layer_type.__name__ or fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
 
 
@@ -88,6 +99,8 @@ def parse_patterns(spec: PatternsLike) -> list[str]:
     """Read patterns of modules: one or several, each a pattern for names, the name of a type, or a class."""
     if spec is None:
         return []
+    if not isinstance(spec, (str, type, Iterable)):
+        raise TypeError(f"Expected patterns for module names, such as ['*.mlp'], or module classes, got {spec!r}.")
     patterns = [spec] if isinstance(spec, (str, type)) else list(spec)
     return [_parse_pattern(pattern) for pattern in patterns]
 

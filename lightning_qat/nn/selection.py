@@ -63,6 +63,7 @@ class _Selection:
         self.names: dict[nn.Module, list[str]] = defaultdict(list)
         for name, module in root.named_modules(remove_duplicate=False):
             self.names[module].append(name)
+        self.all_names = {name for names in self.names.values() for name in names}
         self.owners: dict[nn.Parameter, list[nn.Module]] = defaultdict(list)
         for module in self.names:
             for parameter in module._parameters.values():
@@ -98,7 +99,11 @@ class _Selection:
     def _check_rules_reach_something(self, skipped: Mapping[str, str]) -> None:
         for rule in self.rules:
             if rule not in self.reached:
-                matched = [(name, reason) for name, reason in skipped.items() if rule.matches(self._parts(name))]
+                matched = [
+                    (name, reason)
+                    for name, reason in skipped.items()
+                    if rule.matches(self._parts(name), self.all_names)
+                ]
                 reasons = "; ".join(f"{name}: {reason}" for name, reason in matched[:3]) or "it holds no matrix"
                 raise ValueError(
                     f"The rule target {rule.target!r} matches no layer that can be quantized ({reasons}). "
@@ -122,7 +127,7 @@ class _Selection:
         if reason or qat_class is None:
             return reason
         parts = [part for name in names for part in self._parts(name)] or [("", layer_type)]
-        candidates = [rule for rule in self.rules if rule.matches(parts)]
+        candidates = [rule for rule in self.rules if rule.matches(parts, self.all_names)]
         for target, labels, text in self._reservations(module, names):
             candidates = [rule for rule in candidates if rule.asks_for(labels)]
             if not candidates:
@@ -142,7 +147,7 @@ class _Selection:
             return "outside target_module"
         for prefix in {prefix for prefixes in parts for prefix in prefixes}:
             ancestor = self.root.get_submodule(prefix)
-            if any(matches(pattern, prefix, float_type(ancestor)) for pattern in self.ignore):
+            if any(matches(pattern, prefix, float_type(ancestor), self.all_names) for pattern in self.ignore):
                 return "ignored"
             if ("torchmetrics.metric", "Metric") in {(cls.__module__, cls.__name__) for cls in type(ancestor).__mro__}:
                 return "part of a torchmetrics Metric"

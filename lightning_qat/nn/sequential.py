@@ -84,16 +84,17 @@ class SequentialCalibration:
         self.model, self.calibrator = model, calibrator
         names = {module: name for name, module in model.root.named_modules()}
         units = {names[unit]: unit for unit in find_units(model.root, set(calibrator.layers.values()))}
-        self.forward = StagedForward(units, calibrator.layers, calibrator.run, len(calibrator.batches))
         groups = [group for some in calibrator.plan().passes for group in some]
+        model.load(rounded, num_bits)
+        self.forward = StagedForward(units, calibrator.layers, calibrator.run, len(calibrator.batches))
         self._plans = [self._plan_stage(groups, set(stage)) for stage in self.forward.stages]
         reached = {name for stage in self.forward.stages for name in stage}
         self.idle = [name for name in calibrator.layers if name not in reached]
         if self._shares_weights():
             self.forward.obstacle = "its parts share weights"
         else:
-            changes = [lambda: model.load(rounded, num_bits), model.reset]
-            self.forward.try_replay(changes, calibrator.memory_budget)
+            self.forward.try_replay(calibrator.memory_budget)
+        model.reset()
         self.plan = self._describe()
 
     def _plan_stage(self, groups: Sequence[tuple[str, ...]], names: set[str]) -> CalibrationPlan:
@@ -116,6 +117,7 @@ class SequentialCalibration:
             max(plan.num_bytes for plan in self._plans),
             "sequential",
             how,
+            len(self.calibrator.batches),
         )
 
     def quantize(

@@ -8,7 +8,7 @@ need not be understood. That is only done for a model on which it has been shown
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,27 +18,30 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lightning_qat.nn.accumulator import from_all_processes
+from lightning_qat.nn.fingerprint import fingerprint
 
 
 @dataclass
 class _Trace:
-    """One forward pass: which units ran in which order, and what they gave.
+    """One forward pass.
 
     Attributes:
         order: A unit for each of its calls.
         strays: Units with a layer that ran outside of them.
-        outputs: What each unit returned.
+        seen: Fingerprints of what the layers of each unit were fed, and of what the unit returned.
+        blanks: What each unit returned, without the values.
         live: Units whose output was still alive when a unit began.
     """
 
     order: list[int] = field(default_factory=list)
     strays: set[int] = field(default_factory=set)
-    outputs: dict[int, Any] = field(default_factory=dict)
+    seen: dict[int, list[Any]] = field(default_factory=dict)
+    blanks: dict[int, Any] = field(default_factory=dict)
     live: dict[int, set[int]] = field(default_factory=dict)
 
 
-class _Stop(Exception):
-    """Ends a forward pass where nothing further is needed."""
+class _Stop(BaseException):
+    """Ends a forward pass where nothing further is needed; no Exception, which a model may catch."""
 
 
 class StagedForward:
@@ -53,7 +56,7 @@ class StagedForward:
     Attributes:
         stages: Names of the layers of each unit, in the order in which units first run; one that never does is
             left out.
-        obstacle: Why units that are done have to be computed again, or None. Until :meth:`try_replay` has
+        obstacle: Why units that are done have to be computed again, if that is known. Until :meth:`try_replay` has
             succeeded, they are.
     """
 
@@ -64,52 +67,48 @@ class StagedForward:
         run: Callable[[int], Any],
         num_batches: int,
     ) -> None:
-        self.names, self.units, self.run = list(units), list(units.values()), run
-        self._tried = sorted({0, num_batches - 1})
-        self._homes = {layer: self._find_home(layer) for layer in layers.values()}
-        traces = [self._trace(index, _blank) for index in range(num_batches)]
-        self._blanks = {(unit, index): out for index, trace in enumerate(traces) for unit, out in trace.outputs.items()}
-        orders = [order for rank in from_all_processes([trace.order for trace in traces]) for order in rank]
-        strays = set().union(*from_all_processes(set().union(*(trace.strays for trace in traces))))
+        self.names, self.units, self.run, self.num_batches = list(units), list(units.values()), run, num_batches
+        homes = {layer: unit for unit, module in reversed([*enumerate(self.units)]) for layer in module.modules()}
+        self._homes = {layer: homes[layer] for layer in layers.values()}
+        self._traces = [self._trace(index) for index in range(num_batches)]
+        orders = [order for rank in from_all_processes([trace.order for trace in self._traces]) for order in rank]
+        strays = set().union(*from_all_processes(set().union(*(trace.strays for trace in self._traces))))
         self._stages = list(dict.fromkeys(unit for order in orders for unit in order))
         self.stages = [
             tuple(name for name, layer in layers.items() if self._homes[layer] == unit) for unit in self._stages
         ]
-        self._can_stop = not strays and all(sorted(order) == sorted(self._stages) for order in orders)
-        self._is_steady = self._can_stop and all(order == self._stages for order in orders)
-        self._live = [set().union(*(trace.live.get(unit, ()) for trace in traces)) for unit in self._stages]
+        self.obstacle = self._describe_calls(orders, bool(strays))
+        self._is_replaying = False
         self._needed: list[set[int]] = []
-        self.obstacle: str | None = "it has not been tried"
         self._outputs: dict[tuple[int, int], Any] = {}
 
-    def _find_home(self, layer: nn.Module) -> int:
-        return next(unit for unit, module in enumerate(self.units) if layer in module.modules())
+    def _describe_calls(self, orders: list[list[int]], has_strays: bool) -> str | None:
+        if has_strays or not all(sorted(order) == sorted(self._stages) for order in orders):
+            return "some of its parts run several times, or not for every batch"
+        if any(order != self._stages for order in orders):
+            return "its parts run in another order for other batches"
+        return None
 
     # ------------------------------------------------------------------------------------------------ one pass
 
-    def run_to(self, stage: int, index: int) -> Any:
-        """Run the model on a batch until the unit of ``stage`` is through, and return what that gave.
+    def run_to(self, stage: int, index: int) -> None:
+        """Run the model on a batch, with replay until the unit of ``stage`` is through, otherwise to its end.
 
-        Stages must come in order, each with all batches before the next; see :meth:`finish`. Without replay, a
-        model whose units run several times is run to its end.
+        Stages must come in order, each with all batches before the next; see :meth:`finish`.
         """
-        unit, returned = self._stages[stage], []
 
-        def leave(_: nn.Module, __: Any, output: Any) -> None:
-            returned.append(output)
-            if self._can_stop:
-                raise _Stop
+        def stop(*_: Any) -> None:
+            raise _Stop
 
         with ExitStack() as stack, torch.no_grad():
-            if self.obstacle is None:
+            if self._is_replaying:
                 self._skip_what_is_done(stack, stage, index)
-            stack.callback(self.units[unit].register_forward_hook(leave).remove)
+                stack.callback(self.units[self._stages[stage]].register_forward_hook(stop).remove)
             with suppress(_Stop):
                 self.run(index)
-        return returned[-1] if returned else None
 
     def finish(self, stage: int) -> None:
-        """Forget outputs that no later stage needs."""
+        """Forget outputs that neither the next stage needs, nor the unit of this one to be computed once more."""
         needed = set().union(*self._needed[stage : stage + 2])
         self._outputs = {key: output for key, output in self._outputs.items() if key[0] in needed}
 
@@ -123,7 +122,8 @@ class StagedForward:
             if key in self._outputs:
                 stack.enter_context(_returning(self.units[unit], self._outputs[key]))
             elif unit not in self._needed[stage]:
-                stack.enter_context(_returning(self.units[unit], tree_map_only(_Blank, _Blank.fill, self._blanks[key])))
+                blank = self._traces[index].blanks[unit]
+                stack.enter_context(_returning(self.units[unit], tree_map_only(_Blank, _Blank.fill, blank)))
             else:
 
                 def keep(_: nn.Module, __: Any, output: Any, key: tuple[int, int] = key) -> None:
@@ -133,85 +133,78 @@ class StagedForward:
 
     # -------------------------------------------------------------------------------------------------- replay
 
-    def try_replay(self, changes: Iterable[Callable[[], None]], memory_budget: int) -> None:
+    def try_replay(self, memory_budget: int) -> None:
         """Let units that are done return what they returned before, if that gives the same to the bit.
 
-        Tried with the first batch and the last, and with several sets of weights: what a unit hands on other than by
-        its output would be that of another batch, or of the weights before. First with the outputs of the unit
-        before, and those that were still alive in a whole forward pass, all others being NaN; then with all outputs.
+        Tried with all batches, with the weights of the passes that were made first: the layers of every unit must
+        be fed, and it must return, what they were and it did then. All outputs are kept if they fit the budget;
+        otherwise those of the unit before and those that were still alive in a whole pass, all others being NaN.
 
         Args:
-            changes: Each puts other weights into the model; the first is called again after the last.
-            memory_budget: Bytes for all outputs of all batches.
+            memory_budget: Bytes for outputs.
         """
-        if not self._is_steady:
-            self.obstacle = self._describe_calls()
+        if self.obstacle is not None:
             return
-        changes = list(changes)
-        expected = [self._outputs_after(change) for change in changes]
-        some = [live | set(self._stages[max(stage - 1, 0) : stage]) for stage, live in enumerate(self._live)]
-        self._try(changes, expected, some)
-        if self.obstacle is not None and max(from_all_processes(self._num_bytes())) <= memory_budget:
-            self._try(changes, expected, [set(self._stages[:stage]) for stage in range(len(self._stages))])
-
-    def _try(
-        self,
-        changes: Sequence[Callable[[], None]],
-        expected: Sequence[Mapping[int, Mapping[int, Any]]],
-        needed: list[set[int]],
-    ) -> None:
-        self.obstacle, self._needed = None, needed
-        obstacles = [self._compare(change, outputs) for change, outputs in zip(changes, expected, strict=True)]
-        mine = next(filter(None, obstacles), None)
-        self.obstacle = next(filter(None, from_all_processes(mine)), None)
+        if max(from_all_processes(self._num_bytes())) <= memory_budget:
+            self._needed = [set(self._stages[:stage]) for stage in range(len(self._stages))]
+        else:
+            live = [set().union(*(trace.live[unit] for trace in self._traces)) for unit in self._stages]
+            self._needed = [each | set(self._stages[max(stage - 1, 0) : stage]) for stage, each in enumerate(live)]
+        self._is_replaying = True
+        self.obstacle = next(filter(None, from_all_processes(self._find_difference())), None)
+        self._is_replaying = self.obstacle is None
         self.reset()
 
     def _num_bytes(self) -> int:
-        blanks = [leaf for output in self._blanks.values() for leaf in tree_leaves(output) if isinstance(leaf, _Blank)]
-        return sum(blank.shape.numel() * blank.dtype.itemsize for blank in blanks)
+        leaves = [leaf for trace in self._traces for leaf in tree_leaves(trace.blanks)]
+        return sum(leaf.shape.numel() * leaf.dtype.itemsize for leaf in leaves if isinstance(leaf, _Blank))
 
-    def _outputs_after(self, change: Callable[[], None]) -> dict[int, dict[int, Any]]:
-        change()
-        return {index: self._trace(index, torch.clone).outputs for index in self._tried}
-
-    def _compare(self, change: Callable[[], None], expected: Mapping[int, Mapping[int, Any]]) -> str | None:
-        """Return which unit's output is not reproduced after ``change``, if one is not."""
-        change()
-        self.reset()
+    def _find_difference(self) -> str | None:
+        """Return where the replay of all batches differs from the passes that were made first, if it does."""
         for stage, unit in enumerate(self._stages):
-            for index in self._tried:
+            for index, trace in enumerate(self._traces):
+                if None in trace.seen[unit]:
+                    return f"'{self.names[unit]}' returns other objects than tensors"
+                replayed = _Trace()
                 try:
-                    is_same = _is_same(self.run_to(stage, index), expected[index][unit])
+                    with self._watching(replayed):
+                        self.run_to(stage, index)
                 except Exception as error:  # whatever a model's own code makes of outputs that are not there
-                    return f"'{self.names[unit]}' fails without the units before it ({type(error).__name__}: {error})"
-                if not is_same:
-                    return f"'{self.names[unit]}' depends on the units before it by more than their outputs"
+                    return f"'{self.names[unit]}' fails without the parts before it ({type(error).__name__}: {error})"
+                if replayed.seen.get(unit) != trace.seen[unit]:
+                    return f"'{self.names[unit]}' is not reproduced to the bit without the parts before it"
             self.finish(stage)
         return None
 
-    def _describe_calls(self) -> str:
-        if self._can_stop:
-            return "its parts run in another order for other batches"
-        return "some of its parts run several times, or not for every batch"
+    def _trace(self, index: int) -> _Trace:
+        trace = _Trace()
+        with self._watching(trace):
+            self.run(index)
+        return trace
 
-    def _trace(self, index: int, keep: Callable[[Tensor], Any]) -> _Trace:
-        """Run the model on a batch and take down what its units do; ``keep`` says what is kept of their outputs."""
-        trace, running = _Trace(), [-1]
+    @contextmanager
+    def _watching(self, trace: _Trace) -> Iterator[None]:
+        """Take down what the units do in one forward pass."""
+        running = [-1]
         alive: dict[int, list[weakref.ref[Tensor]]] = {}
 
         def begin(unit: int) -> None:
             running.append(unit)
             trace.order.append(unit)
+            trace.seen.setdefault(unit, [])
             trace.live[unit] = {each for each, tensors in alive.items() if any(ref() is not None for ref in tensors)}
+
+        def feed(unit: int, *inputs: Any) -> None:
+            if running[-1] == unit:
+                trace.seen[unit].append(fingerprint([each for each in tree_leaves(inputs) if isinstance(each, Tensor)]))
+            else:
+                trace.strays.add(unit)
 
         def end(unit: int, output: Any) -> None:
             running.pop()
             alive[unit] = [weakref.ref(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-            trace.outputs[unit] = tree_map_only(Tensor, keep, output)
-
-        def see(unit: int) -> None:
-            if running[-1] != unit:
-                trace.strays.add(unit)
+            trace.seen[unit].append(fingerprint(output) if alive[unit] else None)
+            trace.blanks[unit] = tree_map_only(Tensor, _blank, output) if trace.seen[unit][-1] is not None else None
 
         with ExitStack() as stack, torch.no_grad():
             for unit, module in enumerate(self.units):
@@ -220,9 +213,12 @@ class StagedForward:
                 stack.callback(before.remove)
                 stack.callback(after.remove)
             for layer, unit in self._homes.items():
-                stack.callback(layer.register_forward_pre_hook(lambda *_, unit=unit: see(unit)).remove)
-            self.run(index)
-        return trace
+
+                def see(_: nn.Module, args: Any, kwargs: Any, unit: int = unit) -> None:
+                    feed(unit, args, kwargs)
+
+                stack.callback(layer.register_forward_pre_hook(see, with_kwargs=True).remove)
+            yield
 
 
 @dataclass(frozen=True)
@@ -254,11 +250,3 @@ def _returning(module: nn.Module, output: Any) -> Iterator[None]:
             del module.forward
         else:
             module.forward = before
-
-
-def _is_same(first: Any, second: Any) -> bool:
-    """Return whether all tensors are equal to the bit, and there are some."""
-    tensors: list[tuple[Any, Any]] = [
-        (a, b) for a, b in zip(tree_leaves(first), tree_leaves(second), strict=True) if isinstance(b, Tensor)
-    ]
-    return bool(tensors) and all(torch.equal(a, b) for a, b in tensors)

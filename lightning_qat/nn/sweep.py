@@ -41,27 +41,45 @@ class PTQResults:
     calibration: CalibrationPlan | None = None
     calibrated: frozenset[str] = frozenset()
 
+    def __repr__(self) -> str:
+        """Describe the results in one line."""
+        methods = ", ".join(dict.fromkeys(method for method, _ in self.weights))
+        bits = ", ".join(f"{width:g}" for width in self.bits)
+        return (
+            f"PTQResults({methods} at {bits} bits, {len(self.plan.layers)} layers, {len(self.fallbacks())} fallbacks)"
+        )
+
+    def _check_method(self, method: str | None) -> None:
+        known = list(dict.fromkeys(method for method, _ in self.weights))
+        if method is not None and method not in known:
+            raise ValueError(f"There is no result of {method!r}; there are {', '.join(known)}.")
+
     def fallbacks(self, method: str | None = None) -> list[LayerReport]:
-        """Return the reports of layers that kept round-to-nearest, of one method or of all."""
+        """Return the reports of layers that kept round-to-nearest, of one method or of all; each says why."""
+        self._check_method(method)
         return [report for report in self.reports if report.fallback and method in (None, report.method)]
 
     def num_reports(self, method: str) -> int:
         """Return the number of layers and widths that ``method`` was tried on."""
+        self._check_method(method)
         return sum(report.method == method for report in self.reports)
 
     def calibration_of(self, method: str) -> str | None:
         """Return ``one-shot`` or ``sequential``; None if ``method`` needs no inputs."""
+        self._check_method(method)
         return self.calibration.kind if self.calibration is not None and method in self.calibrated else None
 
     def seconds(self, method: str, num_bits: float) -> float:
         """Return the wall time of ``method`` at ``num_bits`` over all layers, calibration not counted."""
+        self._check_method(method)
         return sum(r.seconds for r in self.reports if (r.method, r.rung) == (method, num_bits))
 
     def apply(self, root: ModuleT, method: str, num_bits: float) -> ModuleT:
         """Put what ``method`` found at ``num_bits`` into ``root``, in place, and return it.
 
-        Weights become their dequantized values, inputs are fake-quantized if the scheme says so;
-        :func:`~lightning_qat.nn.restore_float` then leaves a plain model with these weights.
+        Weights become their dequantized values, which pass unchanged (layers say that they are at 16 bits); inputs
+        are fake-quantized if the scheme says so. :func:`~lightning_qat.nn.restore_float` then leaves a plain model
+        with the *quantized* weights, whose ``state_dict`` is that of the float model: keep a copy of that.
 
         Args:
             root: The float model that was quantized, or a copy.
@@ -69,7 +87,7 @@ class PTQResults:
             num_bits: One of ``bits``.
 
         Raises:
-            ValueError: If there is no such result, or ``root`` is another model.
+            ValueError: If there is no such result, or ``root`` has not the layers that were quantized.
         """
         if (method, num_bits) not in self.weights:
             known = ", ".join(f"({name!r}, {width:g})" for name, width in self.weights)

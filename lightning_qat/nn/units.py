@@ -23,7 +23,8 @@ def find_units(root: nn.Module, layers: Set[nn.Module]) -> list[nn.Module]:
         return [root]
     units: dict[nn.Module, None] = {}
     _walk(root, layers, units)
-    return list(units)
+    inner = {module for unit in units for module in unit.modules() if module is not unit}
+    return [unit for unit in units if unit not in inner]
 
 
 def _walk(module: nn.Module, layers: Set[nn.Module], units: dict[nn.Module, None]) -> None:

@@ -19,6 +19,10 @@ def build_methods(spec: Sequence[str | Mapping[str, Any]] | Mapping[str, PTQMeth
     Raises:
         ValueError: If there are none, one is not known, or a name occurs twice.
     """
+    if not isinstance(spec, (str, Mapping, Sequence)):
+        raise TypeError(f"methods={spec!r} must be names such as ('rtn', 'gptq'). Known: {', '.join(PTQ_METHODS)}.")
+    if isinstance(spec, str) and "," in spec:
+        raise ValueError(f"methods={spec!r} is one string. Give a tuple: {tuple(spec.replace(' ', '').split(','))!r}.")
     if isinstance(spec, Mapping) and "name" not in spec:
         methods = {name: build(method, PTQ_METHODS, "method") for name, method in spec.items()}
     else:

@@ -70,27 +70,28 @@ def quantize_layer(
     Returns:
         The results by method, in the order of ``schemes``, and a report for each.
     """
-    baseline = RTN()(weight, schemes, observer)
-    results, reports = {}, []
-    for method_name, method in methods.items():
-        started = time.perf_counter()
-        raw, failure = _run(method, weight, schemes, observer, stats)
-        seconds = (time.perf_counter() - started) / len(schemes)
-        results[method_name] = raw or list(baseline)
-        for index, scheme in enumerate(schemes):
-            rtn_error = _output_error(weight, baseline[index], stats)
-            raw_error = None if raw is None else _output_error(weight, raw[index], stats)
-            fallback = failure
-            if raw_error is not None and rtn_error is not None and not raw_error <= rtn_error:  # NaN, too
-                fallback = "its output was worse than that of round-to-nearest"
-                results[method_name][index] = baseline[index]
-            kept = rtn_error if fallback else raw_error
-            reports.append(
-                LayerReport(
-                    name, method_name, rungs[index], scheme.num_bits, kept, raw_error, rtn_error, fallback, seconds
+    with torch.autocast(weight.device.type, enabled=False):
+        baseline = RTN()(weight, schemes, observer)
+        results, reports = {}, []
+        for method_name, method in methods.items():
+            started = time.perf_counter()
+            raw, failure = _run(method, weight, schemes, observer, stats)
+            seconds = (time.perf_counter() - started) / len(schemes)
+            results[method_name] = raw or list(baseline)
+            for index, scheme in enumerate(schemes):
+                rtn_error = _output_error(weight, baseline[index], stats)
+                raw_error = None if raw is None else _output_error(weight, raw[index], stats)
+                fallback = failure
+                if raw_error is not None and rtn_error is not None and not raw_error <= rtn_error:  # NaN, too
+                    fallback = "its output was worse than that of round-to-nearest"
+                    results[method_name][index] = baseline[index]
+                kept = rtn_error if fallback else raw_error
+                reports.append(
+                    LayerReport(
+                        name, method_name, rungs[index], scheme.num_bits, kept, raw_error, rtn_error, fallback, seconds
+                    )
                 )
-            )
-    return results, reports
+        return results, reports
 
 
 def _run(

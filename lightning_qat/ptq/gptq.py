@@ -28,9 +28,9 @@ class GPTQ:
         block_size: Columns between two updates of all columns that are left; it changes speed only.
         act_order: Go through the columns in order of falling E[x²], the grids fixed beforehand (static
             groups), so that the result needs no group index.
-        search: Where the range of each group is searched, weighted by E[x²]; None takes the layer's observer. The
-            search pays in language models; in convolutions, whose inputs are strongly correlated, it may cost more
-            accuracy than it gains.
+        search: Where the range of each group is searched, weighted by E[x²]; None takes the layer's observer.
+        search_convolutions: Whether that is done for kernels larger than 1, too. It halves the error of the layer's
+            output and yet costs accuracy (``benchmarks/resnet20_ptq.py``), so by default these take the observer.
 
     Source: Frantar et al. 2023 (arXiv:2210.17323), algorithm 1, with act-order and static groups of the
     authors' code. We deviate in the range search, and in leaving the weights of features that are always zero
@@ -42,6 +42,7 @@ class GPTQ:
     block_size: int = 128
     act_order: bool = True
     search: MSEObserver | None = field(default_factory=MSEObserver)
+    search_convolutions: bool = False
 
     @torch.no_grad()
     def __call__(
@@ -68,7 +69,8 @@ class GPTQ:
         ]
 
     def _params(self, weight: Tensor, scheme: QuantScheme, observer: Observer, stats: LayerStats) -> QuantParams:
-        if self.search is None:
+        is_kernel = stats.columns_per_channel > 1
+        if self.search is None or (is_kernel and not self.search_convolutions):
             return observer(weight, scheme)
         return self.search(weight, scheme, importance=stats.importance(len(weight)))
 

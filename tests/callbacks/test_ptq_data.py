@@ -1,5 +1,6 @@
 """PTQCallback: what it loads, keeps, and takes up again after a stop."""
 
+import csv
 import json
 import os
 import signal
@@ -17,6 +18,8 @@ from torchmetrics.classification import BinaryAccuracy
 
 from lightning_qat import PTQCallback, QATCallback
 from lightning_qat.callbacks.batch_memory import BatchMemory
+from lightning_qat.callbacks.errors import QATConfigurationError
+from lightning_qat.callbacks.isolation import RandomStates
 from lightning_qat.records import read_records
 from tests.callbacks.test_ptq import Identity, Noisy, Quiet, Task, quiet_loaders, run
 from tests.helpers import make_trainer
@@ -44,7 +47,7 @@ class Counted(Dataset):
 
 
 class Drawing(Task):
-    """Draws random numbers in validation, changes its batch, and counts in a buffer."""
+    """Draws random numbers in validation, how many depends on its weights; changes its batch, counts in a buffer."""
 
     def __init__(self):
         super().__init__()
@@ -52,6 +55,7 @@ class Drawing(Task):
 
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
         self.count += 1
+        torch.rand(int(1000 * self.net(batch[0]).abs().sum()) % 7 + 1)
         batch[0].add_(0.1 * torch.randn_like(batch[0]))
         super().validation_step(batch, batch_idx)
         self.log("count", self.count, reduce_fx="max", add_dataloader_idx=False)
@@ -74,10 +78,10 @@ def test_batches_are_loaded_once_for_all_variants(tmp_path):
     assert reads == 2 * 21  # by validation itself, and for all variants
     reads, loaded = score(tmp_path / "loaded", validation_cache_gib=0)
     assert reads == 5 * 21
-    reads, too_big = score(tmp_path / "too_big", validation_cache_gib=60_000 / 2**30)
+    reads, too_big = score(tmp_path / "too_big", validation_cache_gib=500 / 2**30)
     assert reads == 5 * 21
     assert kept == loaded == too_big
-    assert len({metrics["last_draw"] for metrics in kept}) == 1
+    assert len({metrics["last_draw"] for metrics in kept}) > 1
     assert {metrics["count"] for metrics in kept} == {6.0}  # three batches of the validation before, three of its own
 
 
@@ -147,18 +151,29 @@ def test_what_is_kept_is_what_would_be_loaded(name, limit, tmp_path):
 
 def test_what_cannot_be_copied_is_not_kept():
     memory = BatchMemory(2**20)
-    memory.begin(2)
-    memory.add((torch.ones(3), 0, 0))
+    now = RandomStates.now()
+    memory.begin(now, 2)
+    memory.add((torch.ones(3), 0, 0), now)
     assert not memory.has_overflowed
-    memory.add((lambda: 0, 1, 0))
+    memory.add((lambda: 0, 1, 0), now)
     assert memory.has_overflowed
 
 
+def test_a_tensor_that_occurs_twice_in_a_batch_is_still_one():
+    memory, x, now = BatchMemory(2**20), torch.ones(3, requires_grad=True), RandomStates.now()
+    memory.begin(now, None)
+    memory.add(({"x": x, "same": x, "other": torch.ones(3)}, 0, 0), now)
+    ((batch, _, _),) = memory.replay()
+    assert batch["x"] is batch["same"] is not x
+    assert batch["other"] is not batch["x"]
+    assert batch["x"].requires_grad
+
+
 def test_a_view_of_a_large_tensor_counts_as_what_it_shows():
-    memory, large = BatchMemory(100_000), torch.zeros(2**20)
-    memory.begin(None)
+    memory, large, now = BatchMemory(10_000), torch.zeros(2**20), RandomStates.now()
+    memory.begin(now, None)
     for index in range(4):
-        memory.add((large[10 * index : 10 * index + 10], index, 0))
+        memory.add((large[10 * index : 10 * index + 10], index, 0), now)
     assert not memory.has_overflowed
     assert all(item[0].untyped_storage().nbytes() == 40 for item, *_ in [(item,) for item in memory.replay()])
 
@@ -194,6 +209,138 @@ def test_a_metric_may_say_which_direction_is_better(tmp_path):
         "val_spread": True,
         "accuracy": False,
     }
+
+
+def test_a_mode_holds_for_a_metric_on_all_loaders(tmp_path):
+    class Classifier(Task):
+        def __init__(self):
+            super().__init__()
+            self.accuracy = BinaryAccuracy()
+
+        def validation_step(self, batch, batch_idx, dataloader_idx=0):
+            super().validation_step(batch, batch_idx)
+            self.accuracy(self(batch[0]), (batch[1] > 0).int())
+            self.log("accuracy", self.accuracy, on_step=True, on_epoch=True)
+
+    def make():
+        train, val = quiet_loaders()
+        return train, [val, val]
+
+    ptq = PTQCallback("rtn", bits=4, mode={"val_spread": "max", "val_loss": "min", "precision": "max"})
+    with pytest.warns(UserWarning, match="mode names precision, but validation logs val_loss/dataloader_idx_0"):
+        run(tmp_path, ptq, make=make, task=Classifier(), epochs=1, monitor="val_loss/dataloader_idx_0")
+    records = read_records(tmp_path / "ptq_results.jsonl")
+    assert {record.metric for record in records if record.higher_is_better} == {
+        "accuracy/dataloader_idx_0",
+        "accuracy/dataloader_idx_1",
+        "accuracy_epoch/dataloader_idx_0",
+        "accuracy_epoch/dataloader_idx_1",
+        "val_spread",
+    }
+
+
+@pytest.mark.parametrize(
+    ("scheme", "arguments", "message"),
+    [
+        ("w4g8", {}, r"has no result of w4g8 at step 6 .* It has w2, w4 at steps 6"),
+        ("w3", {}, "has no result of w3 at step 6"),
+        ("w4a8", {}, "has no result of w4a8 at step 6"),
+        ("w4", {"limit_val_batches": 1}, "with limit_val_batches=1, so no gap .* with limit_val_batches=None"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(scheme, arguments, message, tmp_path):
+    run(tmp_path / "float", PTQCallback("rtn", bits=(4, 2)), make=quiet_loaders, epochs=1)
+    ptq = PTQCallback("rtn", baseline=tmp_path / "float" / "ptq_results.jsonl", **arguments)
+    with pytest.warns(UserWarning, match=message):
+        _, trainer, _ = run(tmp_path / "qat", QATCallback(scheme), ptq, make=quiet_loaders, epochs=1)
+    assert not [name for name in trainer.callback_metrics if name.startswith("gap")]
+
+
+def test_a_baseline_is_of_one_run_and_exists(tmp_path):
+    path = tmp_path / "results.jsonl"
+    for seed in (1, 2):
+        task = Task()
+        torch.manual_seed(seed)
+        nn.init.normal_(task.net[0].weight)
+        run(tmp_path, PTQCallback("rtn", bits=4, results=path), make=quiet_loaders, task=task, epochs=1)
+    with pytest.raises(ValueError, match="several runs wrote to it"):
+        PTQCallback("rtn", baseline=path)
+    with pytest.raises(FileNotFoundError, match=r"baseline=.*: there is no such file"):
+        PTQCallback("rtn", baseline=tmp_path / "other.jsonl")
+    (tmp_path / "one.jsonl").write_text(path.read_text().splitlines()[-1] + "\n")
+    with pytest.warns(UserWarning, match="baseline has no effect without QATCallback"):
+        run(tmp_path, PTQCallback("rtn", bits=4, baseline=tmp_path / "one.jsonl"), make=quiet_loaders, epochs=1)
+
+
+def test_callbacks_that_count_validations_are_warned_or_refused(tmp_path):
+    key = "ptq/current/rtn/val_loss"
+    ptq, stopping = PTQCallback("rtn", bits=4, every_n_validations=3), pl_callbacks.EarlyStopping(key, patience=2)
+    with pytest.raises(QATConfigurationError, match="give it a patience of at least 3"):
+        run(tmp_path, ptq, stopping, make=quiet_loaders, num_sanity_val_steps=0)
+    with pytest.warns(UserWarning, match="ModelCheckpoint monitors .* is not measured at every validation"):
+        run(tmp_path, PTQCallback("rtn", bits=4, max_seconds=60), make=quiet_loaders, monitor=key, epochs=1)
+
+
+def test_metrics_are_logged_in_the_row_of_the_validation(tmp_path):
+    run(tmp_path, PTQCallback("rtn", bits=4), make=quiet_loaders, epochs=2)
+    (path,) = tmp_path.rglob("metrics.csv")
+    with open(path) as file:
+        rows = list(csv.DictReader(file))
+    steps = [{(row["step"], row["epoch"]) for row in rows if row[name]} for name in ("val_loss", "ptq/rtn_w4/val_loss")]
+    assert steps[0] == steps[1]
+    assert len(steps[0]) == 2
+
+
+class NoKeys(Task):
+    def forward(self, image):
+        return self.net(image)
+
+    def training_step(self, batch, batch_idx):
+        pytest.fail("a batch was trained")
+
+
+class TwoArguments(NoKeys):
+    def forward(self, image, scale, mask):
+        return self.net(image) * scale
+
+
+class WrongStep(NoKeys):
+    def calibration_step(self, batch, batch_idx):
+        return self.net(batch[0])
+
+
+class Named(Dataset):
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        return {"x": torch.ones(8), "y": torch.zeros(4)}
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "message"),
+    [
+        (NoKeys, Named(), "forward fails on a calibration batch with TypeError.*calibration_step"),
+        (TwoArguments, Quiet(16, 1), "forward fails on a calibration batch with .*'mask'"),
+        (WrongStep, Quiet(16, 1), r"calibration_step\(batch\) fails .*'batch_idx'"),
+    ],
+)
+def test_a_module_that_cannot_be_calibrated_is_refused_before_it_is_trained(task, data, message, tmp_path):
+    trainer = make_trainer(PTQCallback("gptq", bits=4), default_root_dir=tmp_path)
+    with pytest.raises(QATConfigurationError, match=message):
+        trainer.fit(task(), DataLoader(data, batch_size=8), quiet_loaders()[1])
+
+
+def test_a_validation_of_a_checkpoint_takes_its_batches_and_does_not_count_as_resumed(tmp_path):
+    run(tmp_path, PTQCallback("gptq", bits=4, calibration_samples=8), make=quiet_loaders, epochs=2)
+    ptq = PTQCallback("gptq", bits=4, calibration_samples=8)
+    trainer = make_trainer(ptq, default_root_dir=tmp_path)
+    trainer.validate(Task(), quiet_loaders()[1], ckpt_path=tmp_path / "ckpt" / "last.ckpt", verbose=False)
+    assert len(ptq.scores) == 1
+    loader = DataLoader(Quiet(48, 9), batch_size=8)
+    make_trainer(ptq, default_root_dir=tmp_path).fit(Task(), loader, quiet_loaders()[1])
+    assert torch.equal(ptq._capture.batches[0][0], next(iter(loader))[0])
+    assert ptq._num_validations == 1
 
 
 def test_what_qat_decides_is_not_silently_ignored(tmp_path):

@@ -110,7 +110,7 @@ def test_layers_fed_the_same_tensor_share_one_hessian():
     plan, stats = collect(model, [torch.randn(2, 3, 8)], linears(model, "alone"))
     assert plan.passes == ((("q", "k", "v"), ("mix",)),)
     assert stats["q"].hessian is stats["k"].hessian is stats["v"].hessian
-    assert str(plan) == "one-shot: 4 layers with 2 distinct inputs in one pass, Hessians of 0.00 GiB"
+    assert str(plan) == "one-shot: 4 layers with 2 distinct inputs in one pass over 1 batch, Hessians of 0.00 GiB"
 
 
 def test_layers_that_share_in_the_first_batch_only_are_told_apart():
@@ -232,7 +232,7 @@ def test_forward_gets_what_it_takes_from_a_batch(forward, batch, expected):
 
 def test_inputs_that_are_not_finite_are_refused_and_named():
     model = Attention()
-    with pytest.raises(ValueError, match="Inputs of q, k, v were NaN or infinite"):
+    with pytest.raises(ValueError, match=r"inputs of the layer 'q' \(and of 3 other layers\) were NaN"):
         collect(model, [torch.full((2, 3, 8), torch.nan)], linears(model))
 
 

@@ -400,3 +400,18 @@ def test_a_tie_does_not_undo_the_choice_of_float(model, rules, options, message)
 def test_a_tie_brings_its_partner():
     plan = prepare(TiedModel(), [{"target": "lm_head", "scheme": "w8"}])
     assert [layer.name for layer in plan.layers] == ["embed", "lm_head"]
+
+
+def test_the_whole_name_of_a_module_means_that_module_alone():
+    def block():
+        return nn.ModuleDict({"conv1": nn.Conv2d(4, 4, 3), "conv2": nn.Conv2d(4, 4, 3)})
+
+    model = nn.ModuleDict({"conv1": nn.Conv2d(3, 4, 3), "layer1": block(), "fc": nn.Linear(4, 4)})
+    rules = parse_rules("w4")
+    names = lambda plan: [layer.name for layer in plan.layers]  # noqa: E731
+    assert names(make_plan(model, rules, ["conv1", "fc"])) == ["layer1.conv1", "layer1.conv2"]
+    assert names(make_plan(model, rules, ["*.conv1"])) == ["conv1", "layer1.conv2", "fc"]
+    assert names(make_plan(model["layer1"], rules, ["conv1"])) == ["conv2"]
+    assert names(make_plan(nn.ModuleDict({"model": model}), rules, ["model.conv1"]))[0] == "model.layer1.conv1"
+    ruled = make_plan(model, parse_rules([{"target": "*", "scheme": "w4"}, {"target": "conv1", "scheme": "w8"}]))
+    assert [layer.scheme.num_bits for layer in ruled.layers] == [8, 4, 4, 4]
