@@ -7,6 +7,7 @@ import torch
 from lightning_qat import prepare
 from lightning_qat.nn import make_plan, parse_rules
 from lightning_qat.tasks import CausalLMTask, TextDataModule, TinyLM
+from lightning_qat.tasks.cifar_resnet import CifarResNet
 
 
 @pytest.fixture
@@ -110,3 +111,11 @@ def test_a_quantized_model_trains(text_file):
     before = trainer.validate(task, datamodule=data, verbose=False)[0]["val/perplexity"]
     trainer.fit(task, datamodule=data)
     assert trainer.validate(task, datamodule=data, verbose=False)[0]["val/perplexity"] < 0.2 * before
+
+
+def test_the_residual_network_for_small_images_has_the_depth_and_size_of_its_source():
+    model = CifarResNet()
+    weights = [module for module in model.modules() if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear))]
+    assert len(weights) == 20
+    assert sum(parameter.numel() for parameter in model.parameters()) == 269_722  # 0.27M in table 6
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 10)
