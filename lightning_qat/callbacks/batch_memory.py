@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import Self, override
 
 from lightning_qat.callbacks.isolation import RandomStates
+from lightning_qat.nn.forward import copy_batch
 
 
 class BatchMemory:
@@ -47,14 +47,13 @@ class BatchMemory:
         """Keep a copy of what the loaders gave; ``before`` are the random states before they did."""
         if self.has_overflowed:
             return
-        states: RandomStates | None = RandomStates.now()
-        if states is not None and states.is_same(before):
-            states = None
+        now = RandomStates.now()
+        states = None if now.is_same(before) else now
         try:
             self._num_bytes += _num_bytes(item) + (0 if states is None else states.num_bytes)
             self.has_overflowed = self._num_bytes > self.max_bytes
             if not self.has_overflowed:
-                self._items.append((_copy(item), states))
+                self._items.append((copy_batch(item), states))
         except Exception:  # objects have their own ways of refusing; what cannot be copied is loaded again
             self.has_overflowed = True
         if self.has_overflowed:
@@ -71,17 +70,7 @@ def _recall(kept: tuple[Any, RandomStates | None]) -> Any:
     item, states = kept
     if states is not None:
         states.restore()
-    return _copy(item)
-
-
-def _copy(item: Any) -> Any:
-    """Return a deep copy, in which a tensor that occurs twice is still one, and a view has no more than it shows."""
-    tensors = [leaf for leaf in tree_leaves(item) if isinstance(leaf, Tensor)]
-    return copy.deepcopy(item, {id(tensor): _clone(tensor) for tensor in tensors})
-
-
-def _clone(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    return copy_batch(item)
 
 
 def _num_bytes(item: Any) -> int:
@@ -117,6 +106,8 @@ class RememberingLoader(CombinedLoader):
     def __next__(self) -> Any:
         if self._replayed is not None:
             return next(self._replayed)
+        if self._memory.has_overflowed:
+            return super().__next__()
         before = RandomStates.now()
         item = super().__next__()
         self._memory.add(item, before)

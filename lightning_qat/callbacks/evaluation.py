@@ -26,7 +26,7 @@ from torchmetrics import Metric
 from lightning_qat.callbacks.batch_memory import BatchMemory, RememberingLoader
 from lightning_qat.callbacks.errors import QATConfigurationError
 from lightning_qat.callbacks.isolation import isolate_randomness
-from lightning_qat.nn import quantized_layers
+from lightning_qat.nn import quantized_layers, restore_float
 
 
 def copy_shell(pl_module: pl.LightningModule) -> pl.LightningModule:
@@ -63,6 +63,12 @@ class Snapshot:
         """Return a copy."""
         own = {key: each if isinstance(each, nn.Parameter) else each.clone() for key, each in self.weights.items()}
         return copy_module(self.shell, own)
+
+    def copy_float(self) -> pl.LightningModule:
+        """Return a copy without fake quantization."""
+        twin = self.copy()
+        restore_float(twin)
+        return twin
 
 
 def _weights_of(pl_module: pl.LightningModule) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,11 +29,11 @@ from lightning_qat.callbacks.evaluation import (
     validation_loaders,
 )
 from lightning_qat.callbacks.isolation import isolate_randomness
+from lightning_qat.callbacks.metric_modes import MetricModes
 from lightning_qat.callbacks.ptq_arguments import (
     check_calibration_data,
     check_not_negative,
     check_whole_numbers,
-    read_modes,
     read_path,
 )
 from lightning_qat.callbacks.ptq_baseline import Baseline
@@ -50,7 +50,7 @@ from lightning_qat.callbacks.ptq_report import (
 from lightning_qat.callbacks.ptq_scoring import VariantScorer, try_calibration
 from lightning_qat.callbacks.publish import publish
 from lightning_qat.core import PASS_THROUGH_BITS, Observer, PTQMethod
-from lightning_qat.core.checks import check_positive
+from lightning_qat.core.checks import check_choice, check_positive
 from lightning_qat.core.registry import build
 from lightning_qat.nn import (
     PatternsLike,
@@ -172,8 +172,7 @@ class PTQCallback(pl.Callback):
         check_calibration_data(calibration_data)
         check_not_negative(max_seconds=max_seconds, validation_cache_gib=validation_cache_gib)
         check_positive(memory_budget_gib, "memory_budget_gib")
-        if unseen not in ("error", "rtn"):
-            raise ValueError(f"unseen={unseen!r} must be 'error' or 'rtn'.")
+        check_choice(unseen, "unseen", ("error", "rtn"))
         self.scorer = VariantScorer(
             methods=self.methods,
             observer=build(observer, OBSERVERS, "observer"),
@@ -186,7 +185,7 @@ class PTQCallback(pl.Callback):
         )
         self.every_n_validations = every_n_validations
         self.calibration_data = calibration_data
-        self.mode = read_modes(mode)
+        self.modes = MetricModes(mode)
         self.results = read_path(results, "results")
         self.baseline = None if baseline is None else Baseline(baseline)
         self.seed = seed
@@ -401,7 +400,7 @@ class PTQCallback(pl.Callback):
     def _publish(self, trainer: pl.Trainer, live: Score, scores: Sequence[Score], current_bits: float | None) -> None:
         figures = name_figures(scores, current_bits)
         if self.baseline is not None and live.method == QAT:
-            gaps = self.baseline.gaps(live, trainer.global_step, self.seed, self._given_mode)
+            gaps = self.baseline.gaps(live, trainer.global_step, self.seed, self.modes.given)
             if not gaps:
                 rank_zero_warn(self.baseline.explain_missing(live, trainer.global_step))
             figures.update({f"{GAP_PREFIX}{name}": gap for name, gap in gaps.items()})
@@ -411,9 +410,8 @@ class PTQCallback(pl.Callback):
     def _report(self, trainer: pl.Trainer, live: Score, scores: list[Score], results: PTQResults) -> None:
         self.scores += [live, *scores] if live.method == QAT else scores
         path = self.results or Path(trainer.default_root_dir, "ptq_results.jsonl")
-        modes = {metric: self._mode(trainer, metric) for score in scores for metric in score.metrics}
-        if isinstance(self.mode, Mapping):
-            self._warn_of_unknown_modes(modes)
+        modes = self.modes.all([metric for score in scores for metric in score.metrics], find_modes(trainer))
+        self.modes.warn_of_unknown(modes)
         records = [
             score.to_record(metric, modes[metric] == "max", trainer.global_step, self.seed)
             for score in (live, *scores)
@@ -421,24 +419,3 @@ class PTQCallback(pl.Callback):
         ]
         append_records(path, *records)
         print_scores(Console(), [live, *scores], results, trainer.global_step)
-
-    def _warn_of_unknown_modes(self, metrics: Iterable[str]) -> None:
-        known = {name for metric in metrics for name in _names_of(metric)}
-        if unknown := sorted(set(self.mode or ()) - known):
-            rank_zero_warn(f"PTQCallback's mode names {', '.join(unknown)}, but validation logs {', '.join(metrics)}.")
-
-    def _mode(self, trainer: pl.Trainer, metric: str) -> str:
-        modes = find_modes(trainer)
-        known = (modes[name] for name in _names_of(metric) if name in modes)
-        return self._given_mode(metric) or next(known, "min")
-
-    def _given_mode(self, metric: str) -> str | None:
-        if not isinstance(self.mode, Mapping):
-            return self.mode
-        return next((self.mode[name] for name in _names_of(metric) if name in self.mode), None)
-
-
-def _names_of(metric: str) -> list[str]:
-    """Return the names by which a metric may be called: as it is, without its loader, and without ``_epoch``."""
-    plain = metric.partition("/dataloader_idx_")[0]
-    return [metric, plain, plain.removesuffix("_epoch")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +41,6 @@ def check_calibration_data(batches: Any) -> None:
         raise TypeError("calibration_data must be a list of batches, such as list(loader).")
     if batches is not None and not batches:
         raise ValueError("calibration_data has no batches.")
-
-
-def read_modes(mode: Any) -> Mapping[str, str] | str | None:
-    """Return ``mode`` if it is one.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    modes = list(mode.values()) if isinstance(mode, Mapping) else [] if mode is None else [mode]
-    if not all(each in ("min", "max") for each in modes):
-        raise ValueError(f"mode={mode!r} must be 'min' or 'max', or a mapping from metrics to these.")
-    return mode  # type: ignore[no-any-return]
 
 
 def read_path(path: Any, name: str) -> Path | None:

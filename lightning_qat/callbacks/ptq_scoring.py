@@ -112,8 +112,7 @@ class VariantScorer:
                 left_out.append(f"{method} at {num_bits:g} bits")
                 continue
             began = time.perf_counter()
-            twin = snapshot.copy()
-            restore_float(twin)
+            twin = snapshot.copy_float()
             results.apply(twin, method, num_bits)
             bits = bit_report(twin, num_bits)
             is_only = len(results.weights) == 1 and self.limit_val_batches is None
@@ -150,8 +149,7 @@ def try_calibration(trainer: pl.Trainer, snapshot: Snapshot, batch: Any) -> None
     Raises:
         QATConfigurationError: If that fails.
     """
-    twin = snapshot.copy()
-    restore_float(twin)
+    twin = snapshot.copy_float()
     try:
         with evaluation_mode(twin):
             make_runner(twin, [batch], _make_step(trainer, twin))(0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import weakref
 from collections import defaultdict
@@ -13,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from lightning_qat.core import LayerStats
 from lightning_qat.nn.accumulator import Accumulator, from_all_processes, is_distributed
-from lightning_qat.nn.forward import call_forward, find_mask
+from lightning_qat.nn.forward import call_forward, copy_batch, find_mask
 from lightning_qat.nn.input_matrix import num_columns, num_groups, token_matrix
 
 GIB = 2**30
@@ -34,11 +32,7 @@ def make_runner(
         step: Called with a batch; runs the model. Default: :func:`call_forward`.
     """
     run = step or functools.partial(call_forward, root)
-    return lambda index: run(tree_map(_copy, batches[index]))
-
-
-def _copy(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else copy.deepcopy(leaf)
+    return lambda index: run(copy_batch(batches[index]))
 
 
 class _Calls:

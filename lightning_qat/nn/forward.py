@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 
 @contextmanager
@@ -55,6 +57,16 @@ def call_forward(root: nn.Module, batch: Any) -> Any:
         num_required = sum(p.default is p.empty and p.kind not in optional for p in parameters.values())
         return root(*batch[: max(num_required, 1)])
     return root(batch)
+
+
+def copy_batch(batch: Any) -> Any:
+    """Return a deep copy, in which a tensor that occurs twice is still one, and a view has no more than it shows."""
+    tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    return copy.deepcopy(batch, {id(tensor): _clone(tensor) for tensor in tensors})
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def find_mask(batch: Any) -> Tensor | None:

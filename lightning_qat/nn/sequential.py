@@ -114,7 +114,7 @@ class SequentialCalibration:
         how = "by block replay" if obstacle is None else f"by whole forward passes, since {obstacle}"
         return CalibrationPlan(
             tuple(some for plan in self._plans for some in plan.passes),
-            max(plan.num_bytes for plan in self._plans),
+            max((plan.num_bytes for plan in self._plans), default=0),
             "sequential",
             how,
             len(self.calibrator.batches),

@@ -142,7 +142,7 @@ def sweep(
     """
     without_inputs = [layer.name for layer in plan.layers if layer.takes_index]
     with_inputs = {layer.name: layer.module for layer in plan.layers if not layer.takes_index}
-    if not with_inputs or not any(method.needs_stats for method in methods.values()):
+    if not with_inputs or not _calibrated(methods):
         pending = PendingWeights(plan, methods, bits, observer)
         pending.add_unknown([layer.name for layer in plan.layers])
         return PTQResults(plan, tuple(bits), pending.weights, pending.reports)

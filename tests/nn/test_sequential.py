@@ -455,6 +455,12 @@ def test_layers_that_no_batch_reaches_are_an_error_or_rounded_to_nearest():
     assert [report.layer for report in results.fallbacks()] == ["idle"]
 
 
+def test_a_step_that_runs_another_model_is_explained():
+    model, other = Blocks().eval(), Blocks().eval()
+    with pytest.raises(ValueError, match=r"No token reached stem, .* If step= is given, it must run the model"):
+        quantize_model(model, make_batches(), methods="gptq", bits=3, step=other, sequential=True, progress=False)
+
+
 def test_the_error_at_the_end_of_the_model_is_smaller_than_one_shot():
     errors = {True: 0.0, False: 0.0}
     for seed in range(8):
