@@ -9,6 +9,7 @@ from numbers import Integral
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
@@ -30,6 +31,7 @@ from lightning_qat.callbacks.hooks import remove_patch, run_around, separate_par
 from lightning_qat.callbacks.portable import restore_quantizers, store_quantizers
 from lightning_qat.callbacks.publish import publish
 from lightning_qat.callbacks.summary import print_summary
+from lightning_qat.callbacks.techniques import TECHNIQUES, Technique, read_technique
 from lightning_qat.callbacks.timeline import Timeline, check_position, make_timeline, resolve
 from lightning_qat.core import GradientEstimator, Observer, Schedule
 from lightning_qat.core.checks import check_positive
@@ -87,6 +89,7 @@ class QATCallback(pl.Callback):
             ``mapping={MyLinear: QATMyLinear}``.
         health_every_n_steps: Optimizer steps between two measurements of ``qat/sqnr_db``,
             ``qat/clipped_fraction`` and ``qat/scale_drift``. Default: the Trainer's ``log_every_n_steps``.
+        techniques: Further techniques of training, of your own.
 
     Raises:
         TypeError: If an argument is of a wrong type.
@@ -114,6 +117,7 @@ class QATCallback(pl.Callback):
         target_module: str | None = None,
         mapping: Mapping[type[nn.Module], type[QATLayer]] | None = None,
         health_every_n_steps: int | None = None,
+        techniques: Sequence[Technique] = (),
     ) -> None:
         self.rules = parse_rules(scheme)
         self.ignore = parse_patterns(ignore)
@@ -133,12 +137,24 @@ class QATCallback(pl.Callback):
             check_position(freeze_at, "freeze_at")
         check_positive(scale_lr, "scale_lr")
         check_positive(health_every_n_steps, "health_every_n_steps", Integral)
+        self.techniques = self._read_techniques({}, techniques)
         self.plan: Plan | None = None
         self.timeline: Timeline | None = None
         self._health = HealthMonitor()
         self._bypass = BypassCheck()
         self._last_step: int | None = None
         self._is_restored = False
+
+    @staticmethod
+    def _read_techniques(named: Mapping[str, Any], further: Sequence[Technique]) -> list[Technique]:
+        read = [read_technique(spec, TECHNIQUES[name]) for name, spec in named.items()]
+        found = [technique for technique in (*read, *further) if technique is not None]
+        if not all(isinstance(technique, Technique) for technique in found):
+            raise TypeError(f"techniques={further!r} must be instances of subclasses of Technique.")
+        names = [technique.name for technique in found]
+        if len(set(names)) < len(names):
+            raise ValueError(f"The techniques {names} do not all have different names.")
+        return found
 
     def prepare(self, module: nn.Module) -> Plan:
         """Put the quantizers into ``module`` in place, as in a fit; for use without a Trainer.
@@ -178,19 +194,24 @@ class QATCallback(pl.Callback):
             run_around(pl_module, "configure_optimizers", lambda call: self._configure_optimizers(pl_module, call))
         building = [hook for hook in _HOOKS_THAT_BUILD if _is_overridden(pl_module, hook)]
         for hook in building:
-            insert_after = functools.partial(self._insert_after, pl_module, must_fit=hook == building[-1])
+            insert_after = functools.partial(self._insert_after, trainer, pl_module, is_last=hook == building[-1])
             run_around(pl_module, hook, insert_after)
-        self._insert(pl_module, must_fit=not building)
+        self._insert(trainer, pl_module, is_last=not building)
 
-    def _insert_after(self, pl_module: pl.LightningModule, build_model: Callable[[], Any], must_fit: bool) -> Any:
+    def _insert_after(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, build_model: Callable[[], Any], is_last: bool
+    ) -> Any:
         result = build_model()
-        self._insert(pl_module, must_fit)
+        self._insert(trainer, pl_module, is_last)
         return result
 
-    def _insert(self, pl_module: pl.LightningModule, must_fit: bool) -> None:
+    def _insert(self, trainer: pl.Trainer, pl_module: pl.LightningModule, is_last: bool) -> None:
         """Insert what is not yet in; what does not fit is an error only when the whole model is there."""
-        with contextlib.nullcontext() if must_fit else contextlib.suppress(QATConfigurationError):
+        with contextlib.nullcontext() if is_last else contextlib.suppress(QATConfigurationError):
             self.plan = self.prepare(pl_module)
+        if is_last and trainer.state.fn == TrainerFn.FITTING:
+            for technique in self.techniques:
+                technique.on_model_built(trainer, pl_module)
 
     def _configure_optimizers(self, pl_module: pl.LightningModule, call: Callable[[], Any]) -> Any:
         assert self.scale_lr is not None
@@ -209,6 +230,8 @@ class QATCallback(pl.Callback):
         if not self._is_restored:
             self._health = HealthMonitor()
             go_to_rung(pl_module, self.timeline.num_bits(trainer.global_step), trainer.optimizers)
+        for technique in self.techniques:
+            technique.on_fit_checked(trainer, pl_module, self.timeline)
         self._print_summary(pl_module)
 
     def _check_scales(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -224,7 +247,16 @@ class QATCallback(pl.Callback):
         policy = f"from the observer ({type(self.observer).__name__})"
         if self.scale_lr is not None:
             policy = f"learned with learning rate {self.scale_lr:g}, initially {policy}"
-        print_summary(pl_module, self.plan, self.timeline, policy)
+        print_summary(pl_module, self.plan, self.timeline, policy, [(t.name, t.describe()) for t in self.techniques])
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Pass the hook on."""
+        self._pass_on("on_train_start", trainer, pl_module)
+
+    def _pass_on(self, hook: str, *arguments: Any) -> None:
+        for technique in self.techniques:
+            getattr(technique, hook)(*arguments)
 
     # ----------------------------------------------------------------------------------------- during the fit
 
@@ -233,17 +265,26 @@ class QATCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Bring the quantizers to where the schedule is at this optimizer step."""
+        if trainer.global_step != self._last_step:  # not at another batch of the same accumulation
+            self._advance(trainer, pl_module)
+        self._pass_on("on_train_batch_start", trainer, pl_module, batch, batch_idx)
+
+    def _advance(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self.timeline is not None
         step = trainer.global_step
-        if step == self._last_step:  # another batch of the same accumulation
-            return
-        is_first, self._last_step = self._last_step is None, step
+        rung, last_step = self.timeline.num_bits(step), self._last_step
+        is_first, self._last_step = last_step is None, step
         restored_bits = mean_bits(pl_module) if is_first and self._is_restored else None
         advance(pl_module, self.timeline, step, trainer.optimizers)
         if is_first:
             self._bypass.start(pl_module)
         if restored_bits is not None:
             warn_if_wider(restored_bits, mean_bits(pl_module))
+            is_new_rung = mean_bits(pl_module) != restored_bits
+        else:
+            is_new_rung = last_step is None or self.timeline.num_bits(last_step) != rung
+        if is_new_rung:
+            self._pass_on("on_new_rung", trainer, pl_module)
 
     @override
     def on_before_optimizer_step(
@@ -257,6 +298,7 @@ class QATCallback(pl.Callback):
         if self.timeline.is_frozen(trainer.global_step):
             for scale in learned_scales(pl_module).values():
                 scale.grad = None
+        self._pass_on("on_before_optimizer_step", trainer, pl_module, optimizer)
 
     @override
     def on_train_batch_end(
@@ -264,17 +306,36 @@ class QATCallback(pl.Callback):
     ) -> None:
         """Log bits and health every few optimizer steps."""
         self._bypass.finish()
+        self._pass_on("on_train_batch_end", trainer, pl_module, outputs, batch, batch_idx)
         step = trainer.global_step
         every_n_steps = self.health_every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
         if step == self._last_step or every_n_steps == 0 or step % every_n_steps:
             return
         figures = {f"qat/{name}": value for name, value in self._health.measure(pl_module).items()}
         figures["qat/num_bits"] = mean_bits(pl_module)
+        for technique in self.techniques:
+            figures.update({f"qat/{name}": value for name, value in technique.figures().items()})
         publish(trainer, figures, step - 1)  # as Lightning counts what it logs in a training step
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Pass the hook on."""
+        self._pass_on("on_train_epoch_end", trainer, pl_module)
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Pass the hook on."""
+        self._pass_on("on_validation_start", trainer, pl_module)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Pass the hook on."""
+        self._pass_on("on_validation_end", trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn if the run was stopped before its last rung."""
+        self._pass_on("on_train_end", trainer, pl_module)
         if self.timeline is None or self._last_step is None:
             return
         if shortfall := self.timeline.describe_shortfall(self._last_step, trainer.global_step):
@@ -284,7 +345,8 @@ class QATCallback(pl.Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Leave no patch behind."""
         self._bypass.finish(report=False)
-        for hook in (*_HOOKS_THAT_BUILD, "configure_optimizers", "on_save_checkpoint"):
+        self._pass_on("teardown", trainer, pl_module, stage)
+        for hook in (*_HOOKS_THAT_BUILD, "configure_optimizers", "on_save_checkpoint", "training_step"):
             remove_patch(pl_module, hook)
 
     @override
@@ -305,7 +367,11 @@ class QATCallback(pl.Callback):
 
         def store(save: Callable[[], Any]) -> None:
             save()
-            progress = {"schedule": self.schedule.state_dict(), "health": self._health.state_dict()}
+            progress = {
+                "schedule": self.schedule.state_dict(),
+                "health": self._health.state_dict(),
+                "techniques": {technique.name: technique.state_dict() for technique in self.techniques},
+            }
             store_quantizers(checkpoint, pl_module, progress, trainer.strategy.restore_checkpoint_after_setup)
 
         run_around(pl_module, "on_save_checkpoint", store)  # Lightning calls it after those of all callbacks
@@ -320,6 +386,8 @@ class QATCallback(pl.Callback):
                 restore_quantizers(checkpoint, pl_module)
             self.schedule.load_state_dict(state["schedule"])
             self._health.load_state_dict(state["health"])
+            for technique in self.techniques:
+                technique.load_state_dict(state.get("techniques", {}).get(technique.name, {}))
             self._is_restored = True
         elif self.scale_lr is not None and trainer.training:
             raise QATConfigurationError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -13,13 +14,15 @@ from lightning_qat.nn import Plan
 from lightning_qat.nn.bits import bit_report
 
 
-def print_summary(root: nn.Module, plan: Plan, timeline: Timeline, scale_policy: str) -> None:
+def print_summary(
+    root: nn.Module, plan: Plan, timeline: Timeline, scale_policy: str, techniques: Sequence[tuple[str, str]] = ()
+) -> None:
     """Print what is quantized, what is not and why, effective bits and the schedule."""
     table = Table(title="Quantization-aware training", show_header=False, title_justify="left", title_style="bold")
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
-    for title, text in summary_rows(root, plan, timeline, scale_policy):
-        table.add_row(title, text)
+    for title, text in (*summary_rows(root, plan, timeline, scale_policy), *techniques):
+        table.add_row(title.replace("_", " ").capitalize(), text)
     Console().print(table)
 
 

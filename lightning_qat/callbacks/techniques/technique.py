@@ -1,0 +1,85 @@
+"""What a technique of training is: hooks that QATCallback calls, a line for its summary, and state to resume with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+import lightning.pytorch as pl
+
+from lightning_qat.callbacks.timeline import Timeline
+
+
+class Technique(pl.Callback):
+    """One technique of quantization-aware training, carried out by ``QATCallback``.
+
+    It is a Lightning callback in all but one thing: it is not listed in the Trainer. ``QATCallback`` passes on the
+    hooks below, after its own work in each, in the order of its techniques, and keeps ``state_dict()`` in the
+    checkpoint. To add one, write one file in this folder and one line in its registry.
+
+    Passed on: ``on_train_start``, ``on_train_batch_start``, ``on_before_optimizer_step``, ``on_train_batch_end``,
+    ``on_train_epoch_end``, ``on_validation_start``, ``on_validation_end``, ``on_train_end``, ``teardown`` and
+    ``on_exception`` (as ``teardown``), with Lightning's own arguments; and those that are new here.
+
+    Attributes:
+        name: The key of its state in a checkpoint and of its line in the summary.
+    """
+
+    name: ClassVar[str]
+
+    def on_model_built(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called in a fit when the quantizers are in, before a checkpoint is restored and optimizers are made."""
+
+    def on_fit_checked(self, trainer: pl.Trainer, pl_module: pl.LightningModule, timeline: Timeline) -> None:
+        """Called at the start of a fit, after a checkpoint was restored; the place to refuse what cannot work.
+
+        Raises:
+            QATConfigurationError: If model or Trainer do not allow the technique.
+        """
+
+    def on_new_rung(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called before a training batch whose optimizer step is the first with these widths.
+
+        The quantizers have observed new grids already. It is not called for the rung on which a resumed run goes on.
+        """
+
+    def describe(self) -> str:
+        """Return the text of its line in the summary, once ``on_fit_checked`` was called."""
+        return type(self).__name__
+
+    def figures(self) -> Mapping[str, float]:
+        """Return what is to be logged now, by name without prefix; called where ``QATCallback`` logs."""
+        return {}
+
+
+TechniqueT = TypeVar("TechniqueT", bound=Technique)
+
+
+def read_technique(spec: Any, cls: type[TechniqueT], argument: str | None = None) -> TechniqueT | None:
+    """Return the technique that the value of an argument stands for.
+
+    Args:
+        spec: The technique, a mapping with its arguments, True for its defaults, None or False for none; or, for one
+            whose first argument is named, the value of that.
+        cls: Its class.
+        argument: Name of the first argument, if a bare value stands for it.
+
+    Raises:
+        TypeError: If it is none of these, or an argument does not exist.
+    """
+    if spec is None or spec is False:
+        return None
+    if isinstance(spec, cls):
+        return spec
+    if isinstance(spec, Mapping):
+        arguments = dict(spec)
+    elif spec is True:
+        arguments = {}
+    elif argument is not None:
+        arguments = {argument: spec}
+    else:
+        raise TypeError(f"{cls.name}={spec!r} must be True, a mapping of arguments, or a {cls.__name__}.")
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise TypeError(f"{cls.name}={spec!r}: {error}. See help({cls.__module__}.{cls.__name__}).") from error
