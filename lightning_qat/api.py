@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from lightning_qat.core import GradientEstimator, Observer, PTQMethod
+from lightning_qat.core import ActivationObserver, GradientEstimator, Observer, PTQMethod
 from lightning_qat.core.checks import check_choice, check_positive
 from lightning_qat.core.registry import build
 from lightning_qat.nn import (
@@ -30,7 +30,7 @@ from lightning_qat.nn.forward import evaluation_mode
 from lightning_qat.nn.state import STATE_KEY, rebuild
 from lightning_qat.nn.sweep import PTQResults, sweep
 from lightning_qat.nn.sweep_plan import plan_sweep, progress_bar, read_bits
-from lightning_qat.observers import OBSERVERS
+from lightning_qat.observers import ACTIVATION_OBSERVERS, OBSERVERS
 from lightning_qat.ptq import build_methods
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -43,6 +43,7 @@ def load_qat(
     observer: Observer | None = None,
     estimator: GradientEstimator | None = None,
     mapping: Mapping[type[nn.Module], type[QATLayer]] | None = None,
+    activation_observer: ActivationObserver | None = None,
     weights_only: bool = True,
 ) -> ModuleT:
     """Load a checkpoint of a run with ``QATCallback`` into a plain ``module``, quantizers included.
@@ -57,6 +58,7 @@ def load_qat(
         observer: The observer of the run, if it is not one of the registry.
         estimator: The estimator of the run, likewise.
         mapping: The ``mapping`` of the run, if it had one.
+        activation_observer: The observer of static inputs of the run, if it is not one of the registry.
         weights_only: Passed to :func:`torch.load`; False for a trusted file that holds other objects, such as
             hyper-parameters of custom classes.
 
@@ -77,7 +79,7 @@ def load_qat(
         configure_model()
     quantizers = content[STATE_KEY]["quantizers"]  # sharded strategies keep them in the state dict, too
     _load_floats(module, {key: value for key, value in content["state_dict"].items() if key not in quantizers})
-    rebuild(module, content[STATE_KEY], observer, estimator, mapping)
+    rebuild(module, content[STATE_KEY], observer, estimator, mapping, activation_observer)
     return module
 
 
@@ -113,6 +115,7 @@ def quantize_model(
     scheme: RulesLike | None = None,
     ignore: PatternsLike = (),
     observer: str | Mapping[str, Any] | Observer = "minmax",
+    activation_observer: str | Mapping[str, Any] | ActivationObserver = "mse",
     target_module: str | None = None,
     mapping: Mapping[type[nn.Module], type[QATLayer]] | None = None,
     step: Callable[[Any], Any] | None = None,
@@ -135,6 +138,7 @@ def quantize_model(
             Default: symmetric per channel.
         ignore: Modules that stay in float.
         observer: Where ranges come from for methods that do not search for them.
+        activation_observer: Where the ranges of static inputs come from, which are calibrated on ``batches``, in float.
         target_module: Name of the submodule outside which nothing is quantized.
         mapping: Further layer classes.
         step: Called with each batch; runs the model. Default: ``model`` on the batch, by keywords if it is a
@@ -181,6 +185,7 @@ def quantize_model(
             build_methods(methods),
             widths,
             build(observer, OBSERVERS, "observer"),
+            activation_observer=build(activation_observer, ACTIVATION_OBSERVERS, "activation observer"),
             step=step,
             memory_budget=int(memory_budget_gib * GIB),
             unseen=unseen,

@@ -102,6 +102,6 @@ def check_scales_are_optimized(scales: Mapping[str, nn.Parameter], optimizers: S
     if missing:
         raise QATConfigurationError(
             f"{len(missing)} learned scales are in no optimizer, among them {missing[0]}. Give configure_optimizers "
-            "all parameters (self.parameters()), or at least those whose name ends in 'log_scale_ratio'; or leave "
-            "scale_lr out."
+            "all parameters (self.parameters()), or at least those whose name ends in 'log_scale_ratio' or "
+            "'zero_point_offset'; or leave scale_lr out."
         )

@@ -8,15 +8,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from lightning_qat.callbacks.timeline import Timeline
-from lightning_qat.nn import WeightFakeQuantize, set_num_bits, weight_fake_quants
+from lightning_qat.nn import WeightFakeQuantize, quantized_layers, set_num_bits, static_inputs, weight_fake_quants
 
 
 def advance(root: nn.Module, timeline: Timeline, step: int, optimizers: Sequence[Any]) -> None:
     """Bring all quantizers to where ``timeline`` is at optimizer step ``step``."""
     is_frozen, steps_on_rung = timeline.is_frozen(step), step - timeline.rung_start(step)
-    set_num_bits(root, timeline.num_bits(step))
+    set_num_bits(root, *timeline.widths(step))
     for _, layer in weight_fake_quants(root):
         quantizer, weight = layer.weight_fake_quant, layer.to_matrix(layer.weight)
+        quantizer.set_blend(timeline.blend(step))
         if not is_frozen:
             quantizer.unfreeze()
         _find_new_grid(quantizer, weight, optimizers)
@@ -24,13 +25,16 @@ def advance(root: nn.Module, timeline: Timeline, step: int, optimizers: Sequence
             quantizer.freeze(weight)
         elif _is_due(quantizer, steps_on_rung):
             quantizer.observe(weight)
+    _forget_old_input_grids(root, optimizers)
 
 
-def go_to_rung(root: nn.Module, num_bits: float, optimizers: Sequence[Any]) -> None:
+def go_to_rung(root: nn.Module, timeline: Timeline, step: int, optimizers: Sequence[Any]) -> None:
     """Set the widths; scales that do not follow the weight are found anew where the grid has changed."""
-    set_num_bits(root, num_bits)
+    set_num_bits(root, *timeline.widths(step))
     for _, layer in weight_fake_quants(root):
+        layer.weight_fake_quant.set_blend(timeline.blend(step))
         _find_new_grid(layer.weight_fake_quant, layer.to_matrix(layer.weight), optimizers)
+    _forget_old_input_grids(root, optimizers)
 
 
 def _find_new_grid(quantizer: WeightFakeQuantize, weight: Tensor, optimizers: Sequence[Any]) -> None:
@@ -41,6 +45,16 @@ def _find_new_grid(quantizer: WeightFakeQuantize, weight: Tensor, optimizers: Se
             optimizer.state.pop(quantizer.log_scale_ratio, None)
 
 
+def _forget_old_input_grids(root: nn.Module, optimizers: Sequence[Any]) -> None:
+    """Let ``optimizers`` forget what they remember of static inputs' grids that were found anew since."""
+    for quantizer in static_inputs(root).values():
+        if quantizer.has_new_grid:
+            quantizer.has_new_grid = False
+            for optimizer in optimizers:
+                for parameter in quantizer.parameters():
+                    optimizer.state.pop(parameter, None)
+
+
 def _is_due(quantizer: WeightFakeQuantize, steps_on_rung: int) -> bool:
     """Return whether a costly observer is to look again; it has found the first grid of a rung already."""
     is_observed = not (quantizer.pass_through or quantizer.follows_weight) and quantizer.log_scale_ratio is None
@@ -48,15 +62,25 @@ def _is_due(quantizer: WeightFakeQuantize, steps_on_rung: int) -> bool:
 
 
 def learned_scales(root: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of learned scales by name."""
+    """Return the parameters of all learned grids by name: scales of weights, scales and zero-points of inputs."""
     ratios = {name: layer.weight_fake_quant.log_scale_ratio for name, layer in weight_fake_quants(root)}
-    return {f"{name}.weight_fake_quant.log_scale_ratio": r for name, r in ratios.items() if r is not None}
+    scales = {f"{name}.weight_fake_quant.log_scale_ratio": r for name, r in ratios.items() if r is not None}
+    for name, quantizer in static_inputs(root).items():
+        scales.update({f"{name}.input_fake_quant.{key}": each for key, each in quantizer.named_parameters()})
+    return scales
 
 
 def mean_bits(root: nn.Module) -> float:
     """Return the width of the quantized weights on the current rung, averaged over weights."""
     sizes = [(layer.weight_fake_quant.num_bits, layer.weight.numel()) for _, layer in weight_fake_quants(root)]
     return sum(bits * numel for bits, numel in sizes) / sum(numel for _, numel in sizes)
+
+
+def all_bits(root: nn.Module) -> list[float]:
+    """Return the widths of all quantizers, of weights and of inputs, on the current rung."""
+    layers = quantized_layers(root).values()
+    quantizers = [each for layer in layers for each in (layer.weight_fake_quant, layer.input_fake_quant)]
+    return [quantizer.num_bits for quantizer in quantizers if quantizer is not None]
 
 
 def current_bits(root: nn.Module) -> float:

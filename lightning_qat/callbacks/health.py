@@ -1,14 +1,25 @@
-"""A few figures that tell how well the weights sit on their grids."""
+"""A few figures that tell how well the weights sit on their grids, and a table of all layers."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
+from rich.console import Console
+from rich.table import Table
 from torch import Tensor, nn
 
-from lightning_qat.core import group_view
+from lightning_qat.core import QuantParams
 from lightning_qat.nn import QATLayer, weight_fake_quants
+from lightning_qat.nn.health import (
+    LayerHealth,
+    decibels,
+    gradient_to_scale_ratio,
+    layer_health,
+    sample_rows,
+    weight_sums,
+)
 
 
 class HealthMonitor:
@@ -16,13 +27,23 @@ class HealthMonitor:
 
     - ``sqnr_db``: power of the weights over power of their quantization error, in decibels.
     - ``clipped_fraction``: share of the weights that lie over half a step beyond the outermost level.
+    - ``dead_levels``: share of the levels of a layer that none of its weights uses, of those that they could use; mean
+      over layers.
     - ``scale_drift``: mean absolute change of the logarithm of the scales since the last measurement on the
       same rung: 0.01 is one percent.
+    - ``gradient_to_scale_ratio``: how fast learned scales move relative to their weights, LSQ's ``R``; geometric mean
+      over layers. See :func:`~lightning_qat.nn.health.gradient_to_scale_ratio`.
+
+    Args:
+        most: Weights of a layer to look at. Of a larger one evenly spaced output channels are, so that the cost does
+            not grow with the model; scales are looked at in full.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = 2**18) -> None:
+        self.most = most
         self._last_scales: dict[str, Tensor] = {}
         self._last_bits: dict[str, float] = {}
+        self._ratio: Tensor | None = None
 
     @torch.no_grad()
     def measure(self, root: nn.Module) -> dict[str, float]:
@@ -30,20 +51,43 @@ class HealthMonitor:
         layers = {name: layer for name, layer in weight_fake_quants(root) if not layer.weight_fake_quant.pass_through}
         if not layers:
             return {}
-        totals = torch.stack([_layer_totals(layer) for layer in layers.values()]).sum(0)
-        signal, noise, clipped, numel = totals.tolist()
-        figures = {"clipped_fraction": clipped / numel}
-        if noise > 0 and signal > 0:
-            figures["sqnr_db"] = 10 * math.log10(signal / noise)
-        if (drift := self._drift(layers)) is not None:
+        grids = {name: _grid(layer) for name, layer in layers.items()}
+        figures = self._figures_of_weights(layers, grids)
+        if (drift := self._drift(layers, grids)) is not None:
             figures["scale_drift"] = drift
+        if self._ratio is not None and math.isfinite(ratio := self._ratio.item()):
+            figures["gradient_to_scale_ratio"] = ratio
+        self._ratio = None
         return figures
 
-    def _drift(self, layers: dict[str, QATLayer]) -> float | None:
+    @torch.no_grad()
+    def see_gradients(self, root: nn.Module) -> None:
+        """Look at the gradients before an optimizer step, for the next measurement."""
+        ratios = [gradient_to_scale_ratio(layer) for _, layer in weight_fake_quants(root)]
+        known = [ratio for ratio in ratios if ratio is not None]
+        if known:
+            self._ratio = torch.stack(known).double().log().nan_to_num(math.nan, math.nan, math.nan).nanmean().exp()
+
+    def _figures_of_weights(self, layers: Mapping[str, QATLayer], grids: Mapping[str, QuantParams]) -> dict[str, float]:
+        found = []
+        for name, layer in layers.items():
+            rows, params = sample_rows(layer.to_matrix(layer.weight), grids[name], self.most)
+            found.append(weight_sums(rows, params, layer.weight_fake_quant.rung_scheme))
+        table = torch.stack([each.sums for each in found]).tolist()  # the one time that an accelerator is waited for
+        signal, noise, clipped = (sum(row[column] for row in table) for column in range(3))
+        dead = [each.dead_levels(row[3]) for row, each in zip(table, found, strict=True)]
+        figures = {
+            "clipped_fraction": clipped / sum(each.numel for each in found),
+            "dead_levels": sum(dead) / len(dead),
+            "sqnr_db": decibels(signal, noise),
+        }
+        return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+    def _drift(self, layers: Mapping[str, QATLayer], grids: Mapping[str, QuantParams]) -> float | None:
         changes = []
         for name, layer in layers.items():
             quantizer = layer.weight_fake_quant
-            scale = quantizer.qparams(layer.to_matrix(layer.weight)).scale.abs().log()
+            scale = grids[name].scale.abs().log()
             if self._last_bits.get(name) == quantizer.num_bits:
                 changes.append((scale - self._last_scales[name].to(scale)).abs().mean())
             self._last_scales[name], self._last_bits[name] = scale.clone(), quantizer.num_bits
@@ -59,13 +103,44 @@ class HealthMonitor:
         self._last_bits = dict(state["last_bits"])  # type: ignore[arg-type]
 
 
-def _layer_totals(layer: QATLayer) -> Tensor:
-    """Return signal power, noise power, clipped weights and all weights of a layer, float64 ``[4]``."""
-    quantizer = layer.weight_fake_quant
-    weight = layer.to_matrix(layer.weight).float()
-    noise = quantizer(weight) - weight
-    half_step = 0.5 * quantizer.qparams(weight).scale.abs().unsqueeze(-1)
-    clipped = group_view(noise.abs(), quantizer.rung_scheme) > half_step * 1.001  # above rounding in float32
-    numel = torch.tensor(weight.numel(), device=weight.device)
-    totals = (weight.square().sum(), noise.square().sum(), clipped.sum(), numel)
-    return torch.stack([total.double() for total in totals])
+def _grid(layer: QATLayer) -> QuantParams:
+    return layer.weight_fake_quant.qparams(layer.to_matrix(layer.weight))
+
+
+def print_layer_table(root: nn.Module, further: Mapping[str, Mapping[str, float]] | None = None) -> None:
+    """Print the state of every quantized weight of ``root`` as one table.
+
+    Args:
+        root: The prepared model, in training or after it.
+        further: More columns: shares of the weights, by layer and name.
+    """
+    further = further or {}
+    names = list(dict.fromkeys(name for figures in further.values() for name in figures))
+    table = Table(title="Quantized layers", title_justify="left", title_style="bold")
+    table.add_column("layer", no_wrap=True)
+    for title in (*_COLUMNS, *names):
+        table.add_column(title.removesuffix("_fraction"), justify="right")
+    for row in layer_health(root):
+        shares = [further.get(row.name, {}).get(name, math.nan) for name in names]
+        table.add_row(*_cells(row), *("" if math.isnan(share) else f"{share:.1%}" for share in shares))
+    console = Console()
+    if not console.is_terminal:  # a file has no width
+        console = Console(width=console.measure(table, options=console.options.update(width=_NO_LIMIT)).maximum)
+    console.print(table)
+
+
+_COLUMNS = ("scheme", "weights", "SQNR (dB)", "clipped", "dead levels", "scale", "smallest", "largest")
+_NO_LIMIT = 1000
+
+
+def _cells(row: LayerHealth) -> tuple[str, ...]:
+    low, median, high = row.scales
+    return (
+        row.name or "the model itself",
+        row.scheme,
+        f"{row.num_weights:,}",
+        f"{row.sqnr_db:.1f}",
+        f"{row.clipped_fraction:.1%}",
+        f"{row.dead_levels:.1%}",
+        *(f"{scale:.2g}" for scale in (median, low, high)),
+    )

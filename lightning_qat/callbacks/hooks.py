@@ -43,7 +43,7 @@ def remove_patch(module: nn.Module, hook: str) -> None:
 
 
 @contextmanager
-def separate_param_group(parameters: set[nn.Parameter], lr: float) -> Iterator[None]:
+def separate_param_group(parameters: set[nn.Parameter], lr: float | None) -> Iterator[None]:
     """Within this context, optimizers put ``parameters`` into groups of their own, without weight decay.
 
     Every group that holds some of them is split in two as it is added. Adding a group later would break
@@ -51,7 +51,7 @@ def separate_param_group(parameters: set[nn.Parameter], lr: float) -> Iterator[N
 
     Args:
         parameters: The parameters to separate.
-        lr: Their learning rate.
+        lr: Their learning rate, or None for that of the group that they come from.
 
     Raises:
         QATConfigurationError: If an optimizer or scheduler made within it raised a ValueError, as they do when
@@ -67,7 +67,8 @@ def separate_param_group(parameters: set[nn.Parameter], lr: float) -> Iterator[N
             add_param_group(optimizer, {**group, "params": rest})
         if separate:
             no_decay = {"weight_decay": 0.0} if "weight_decay" in optimizer.defaults else {}
-            add_param_group(optimizer, {**group, "params": separate, "lr": lr, **no_decay})
+            own_lr = {} if lr is None else {"lr": lr}
+            add_param_group(optimizer, {**group, "params": separate, **own_lr, **no_decay})
 
     Optimizer.add_param_group = add_split  # type: ignore[method-assign, assignment]
     try:

@@ -16,6 +16,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_qat.callbacks.calibration import try_calibration
 from lightning_qat.callbacks.capture import BatchCapture
 from lightning_qat.callbacks.control import current_bits
 from lightning_qat.callbacks.errors import QATConfigurationError, as_configuration_error
@@ -47,9 +48,9 @@ from lightning_qat.callbacks.ptq_report import (
     print_scores,
     publish_missing,
 )
-from lightning_qat.callbacks.ptq_scoring import VariantScorer, try_calibration
+from lightning_qat.callbacks.ptq_scoring import VariantScorer
 from lightning_qat.callbacks.publish import publish
-from lightning_qat.core import PASS_THROUGH_BITS, Observer, PTQMethod
+from lightning_qat.core import PASS_THROUGH_BITS, ActivationObserver, Observer, PTQMethod
 from lightning_qat.core.checks import check_choice, check_positive
 from lightning_qat.core.registry import build
 from lightning_qat.nn import (
@@ -62,12 +63,13 @@ from lightning_qat.nn import (
     parse_patterns,
     parse_rules,
     quantized_layers,
+    static_inputs,
 )
 from lightning_qat.nn.calibrate import GIB
 from lightning_qat.nn.plan import plan_as_prepared
 from lightning_qat.nn.sweep import PTQResults
 from lightning_qat.nn.sweep_plan import plan_sweep, read_bits
-from lightning_qat.observers import OBSERVERS
+from lightning_qat.observers import ACTIVATION_OBSERVERS, OBSERVERS
 from lightning_qat.ptq import build_methods
 from lightning_qat.records import append_records
 
@@ -98,6 +100,8 @@ class PTQCallback(pl.Callback):
             there. Default: symmetric per channel at the smallest of ``bits``.
         ignore: Modules that stay in float.
         observer: Where ranges come from for methods that do not search for them.
+        activation_observer: Where the ranges of static inputs come from, which are calibrated on the same batches, in
+            float. Beside ``QATCallback`` its own is used.
         every_n_validations: Run at every n-th validation.
         calibration_samples: Training samples to keep for calibration, rounded up to whole batches.
         calibration_data: Batches to calibrate on instead, as ``calibration_step`` or ``forward`` takes them; needed
@@ -143,6 +147,7 @@ class PTQCallback(pl.Callback):
         scheme: RulesLike | None = None,
         ignore: PatternsLike = (),
         observer: str | Mapping[str, Any] | Observer = "minmax",
+        activation_observer: str | Mapping[str, Any] | ActivationObserver = "mse",
         every_n_validations: int = 1,
         calibration_samples: int = 128,
         calibration_data: Sequence[Any] | None = None,
@@ -176,6 +181,7 @@ class PTQCallback(pl.Callback):
         self.scorer = VariantScorer(
             methods=self.methods,
             observer=build(observer, OBSERVERS, "observer"),
+            activation_observer=build(activation_observer, ACTIVATION_OBSERVERS, "activation observer"),
             memory_budget=int(memory_budget_gib * GIB),
             unseen=unseen,
             sequential=sequential,
@@ -199,6 +205,8 @@ class PTQCallback(pl.Callback):
         self._has_swept_final_bits = False
         self._is_resumed = self._has_tried = False
         self._is_alone = self._is_fitting = True
+        schemes = [rule.scheme for rule in self.rules or () if rule.scheme is not None]
+        self._has_static_inputs = any(scheme.has_static_activation for scheme in schemes)
 
     # ------------------------------------------------------------------------------------------------- before
 
@@ -209,12 +217,13 @@ class PTQCallback(pl.Callback):
 
     @property
     def _needs_calibration(self) -> bool:
-        return any(method.needs_stats for method in self.methods.values())
+        return self._has_static_inputs or any(method.needs_stats for method in self.methods.values())
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make a plan for the model, so that what does not fit is refused before training."""
-        self._plan(pl_module, self._widths(pl_module) + (self.final_bits or ()))
+        plan = self._plan(pl_module, self._widths(pl_module) + (self.final_bits or ()))
+        self._has_static_inputs = any(layer.has_static_input for layer in plan.layers)
         is_qat = bool(quantized_layers(pl_module))
         widths = None if is_qat and self.bits is None else (*self._widths(pl_module), *(self.final_bits or ()))
         check_monitors(trainer, is_qat, self.methods, widths)
@@ -284,6 +293,7 @@ class PTQCallback(pl.Callback):
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Copy all but the weights: by the end of validation, it has left its traces."""
+        self._has_static_inputs |= bool(static_inputs(pl_module))
         if not self._is_fitting and self._needs_calibration and not (self.calibration_data or self._capture.batches):
             raise QATConfigurationError(
                 f"{', '.join(self.methods)} need inputs to calibrate on, and trainer.validate has no training batches. "

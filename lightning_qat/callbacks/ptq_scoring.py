@@ -8,19 +8,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.apply_func import move_data_to_device
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_qat.callbacks.batch_memory import BatchMemory
+from lightning_qat.callbacks.calibration import make_step
 from lightning_qat.callbacks.control import current_bits
-from lightning_qat.callbacks.errors import QATConfigurationError
 from lightning_qat.callbacks.evaluation import Snapshot, validate_copy
 from lightning_qat.callbacks.ptq_report import FLOAT, OF_LATENT, QAT, Score
-from lightning_qat.core import Observer, PTQMethod, QuantScheme
-from lightning_qat.nn import Plan, check_finite, restore_float
+from lightning_qat.core import ActivationObserver, Observer, PTQMethod, QuantScheme
+from lightning_qat.nn import Plan, check_finite, restore_float, static_inputs
 from lightning_qat.nn.bits import BitReport, bit_report
-from lightning_qat.nn.calibrate import make_runner
-from lightning_qat.nn.forward import call_forward, evaluation_mode
+from lightning_qat.nn.forward import evaluation_mode
 from lightning_qat.nn.plan import plan_as_prepared
 from lightning_qat.nn.sweep import PTQResults, sweep
 from lightning_qat.nn.sweep_plan import progress_bar
@@ -33,6 +31,7 @@ class VariantScorer:
     Args:
         methods: Methods by name.
         observer: Where ranges come from for methods without a search of their own.
+        activation_observer: Where those of static inputs come from, if the module has no quantizers that know it.
         memory_budget: Bytes for the statistics of inputs.
         unseen: What to do with layers that no token reached.
         sequential: Whether to calibrate part by part.
@@ -43,6 +42,7 @@ class VariantScorer:
 
     methods: Mapping[str, PTQMethod]
     observer: Observer
+    activation_observer: ActivationObserver
     memory_budget: int
     unseen: Literal["error", "rtn"]
     sequential: bool
@@ -69,9 +69,11 @@ class VariantScorer:
         """
         twin = snapshot.copy()
         plan = make_plan(twin)
+        live_inputs = static_inputs(twin).values()
+        inputs = next((each.config.observer for each in live_inputs), self.activation_observer)
         restore_float(twin)
         check_finite({layer.name: layer.weight for layer in plan.layers})
-        results = self._quantize(trainer, twin, plan, bits, batches)
+        results = self._quantize(trainer, twin, plan, bits, batches, inputs)
         memory = BatchMemory(self.validation_cache)
         # First, since the variants take over the parameters of the snapshot.
         live = self._validate_live(trainer, snapshot, memory)
@@ -81,7 +83,13 @@ class VariantScorer:
         return self._live_score(snapshot, metrics), scores, results
 
     def _quantize(
-        self, trainer: pl.Trainer, twin: pl.LightningModule, plan: Plan, bits: Sequence[float], batches: Sequence[Any]
+        self,
+        trainer: pl.Trainer,
+        twin: pl.LightningModule,
+        plan: Plan,
+        bits: Sequence[float],
+        batches: Sequence[Any],
+        activation_observer: ActivationObserver,
     ) -> PTQResults:
         """Quantize the float module ``twin``, calibrated in evaluation mode and in the Trainer's precision."""
         with evaluation_mode(twin):
@@ -92,7 +100,8 @@ class VariantScorer:
                 self.methods,
                 bits,
                 self.observer,
-                step=_make_step(trainer, twin),
+                activation_observer=activation_observer,
+                step=make_step(trainer, twin),
                 memory_budget=self.memory_budget,
                 unseen=self.unseen,
                 sequential=self.sequential,
@@ -141,37 +150,6 @@ class VariantScorer:
         layers = plan_as_prepared(snapshot.shell, num_bits).layers
         schemes = _name_schemes(layer.scheme.at(num_bits) for layer in layers)
         return Score(QAT, num_bits, schemes, bit_report(snapshot.shell, num_bits), metrics, 0.0, None, limit)
-
-
-def try_calibration(trainer: pl.Trainer, snapshot: Snapshot, batch: Any) -> None:
-    """Run a copy of the module on a batch as calibration will.
-
-    Raises:
-        QATConfigurationError: If that fails.
-    """
-    twin = snapshot.copy_float()
-    try:
-        with evaluation_mode(twin):
-            make_runner(twin, [batch], _make_step(trainer, twin))(0)
-    except Exception as error:
-        what = "calibration_step(batch)" if hasattr(twin, "calibration_step") else "forward"
-        raise QATConfigurationError(
-            f"PTQCallback cannot calibrate {type(twin).__name__}: {what} fails on a calibration batch with "
-            f"{type(error).__name__}: {error}. Give the module a method calibration_step(self, batch) that runs it on "
-            "a batch of training."
-        ) from error
-
-
-def _make_step(trainer: pl.Trainer, twin: pl.LightningModule) -> Callable[[Any], Any]:
-    """Return what runs ``twin`` on a batch, on its device and in the Trainer's precision."""
-    calibration_step = getattr(twin, "calibration_step", None)
-
-    def step(batch: Any) -> Any:
-        batch = trainer.precision_plugin.convert_input(move_data_to_device(batch, twin.device))
-        with trainer.precision_plugin.forward_context():
-            return call_forward(twin, batch) if calibration_step is None else calibration_step(batch)
-
-    return step
 
 
 def _name_schemes(schemes: Iterable[QuantScheme]) -> str:

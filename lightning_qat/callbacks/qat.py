@@ -6,7 +6,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.trainer.states import TrainerFn
@@ -24,16 +24,19 @@ from lightning_qat.callbacks.checks import (
     warn_of_monitors,
     warn_of_other_scale_lr,
 )
-from lightning_qat.callbacks.control import advance, go_to_rung, learned_scales, mean_bits
+from lightning_qat.callbacks.closed_loop import ClosedLoop
+from lightning_qat.callbacks.control import advance, all_bits, go_to_rung, learned_scales, mean_bits
 from lightning_qat.callbacks.errors import QATConfigurationError, as_configuration_error
-from lightning_qat.callbacks.health import HealthMonitor
+from lightning_qat.callbacks.health import HealthMonitor, print_layer_table
 from lightning_qat.callbacks.hooks import remove_patch, run_around, separate_param_group
 from lightning_qat.callbacks.portable import restore_quantizers, store_quantizers
 from lightning_qat.callbacks.publish import publish
+from lightning_qat.callbacks.resolution import make_timeline, read_freeze_at, resolve
+from lightning_qat.callbacks.scale_drift import DriftBound, ScaleDrift
 from lightning_qat.callbacks.summary import print_summary
-from lightning_qat.callbacks.techniques import TECHNIQUES, Technique, read_technique
-from lightning_qat.callbacks.timeline import Timeline, check_position, make_timeline, resolve
-from lightning_qat.core import GradientEstimator, Observer, Schedule
+from lightning_qat.callbacks.techniques import TECHNIQUES, Technique, make_inputs, read_technique
+from lightning_qat.callbacks.timeline import Timeline, check_position
+from lightning_qat.core import ActivationObserver, GradientEstimator, Observer, PTQMethod
 from lightning_qat.core.checks import check_positive
 from lightning_qat.core.registry import build
 from lightning_qat.estimators import ESTIMATORS
@@ -44,13 +47,13 @@ from lightning_qat.nn import (
     RulesLike,
     check_finite,
     check_mapping,
-    find_final_bits,
     parse_patterns,
     parse_rules,
     prepare,
 )
 from lightning_qat.nn.state import STATE_KEY
-from lightning_qat.observers import OBSERVERS
+from lightning_qat.observers import ACTIVATION_OBSERVERS, OBSERVERS
+from lightning_qat.schedules import ScheduleLike
 
 _HOOKS_THAT_BUILD = ("setup", "configure_model")
 
@@ -77,18 +80,45 @@ class QATCallback(pl.Callback):
             an :class:`~lightning_qat.core.Observer`.
         estimator: How gradients pass the rounding: ``"ste"``, a mapping, or an object.
         schedule: Bits over time: a list of widths that share the run equally (``[8, 4, 3, 2]``), a mapping
-            from positions to widths (``{0.0: 8, 0.25: 4}``), or a schedule. It must end at the width of
-            ``scheme``; a layer never goes below its own. Default: the final width from the start.
+            from positions to widths (``{0.0: 8, 0.25: 4}``), the name of a schedule (``"linear"``, ``"cosine"``), a
+            mapping with ``name`` and arguments (``{"name": "plateau", "bits": [8, 4], "monitor": "val/loss"}``,
+            ``{"name": "staggered", "weights": [4], "activations": {0.0: 16, 0.3: 8}}``; see
+            :mod:`lightning_qat.schedules`), or a schedule. It must end at the width of ``scheme``; a layer never goes
+            below its own. Default: the final width from the start.
         fake_quant_after_n_steps: When fake quantization starts; until then the model trains in float.
-        freeze_at: When the scales stop moving, not before the last rung. Default: never.
-        scale_lr: If given, scales are learned, with this learning rate and no weight decay, in a parameter
-            group of their own; it is relative to the size of a scale. Default: scales are observed.
+        blend_until: If given, the model computes with ``(1 - x) * weight + x * fake_quantize(weight)``, and ``x`` goes
+            from 0 to 1 between the start of fake quantization and this position. Inputs are quantized in full.
+        freeze_at: When the scales stop moving, not before the last rung; or at which drift, as a mapping with the
+            arguments of :class:`~lightning_qat.callbacks.scale_drift.DriftBound`
+            (``{"drift_below": 1e-3, "every_n_steps": 50, "not_before": 0.5}``). Default: never.
+        scale_lr: If given, scales are learned (LSQ), in a parameter group of their own without weight decay: with this
+            learning rate, which is relative to the size of a scale, or with that of the weights if ``"same"``. Default:
+            scales are observed.
         target_module: Name of the submodule outside which nothing is quantized.
         mapping: Further layer classes, each with the :class:`~lightning_qat.nn.QATLayer` it turns into:
             ``class QATMyLinear(QATLinear, MyLinear): float_class = MyLinear`` and
             ``mapping={MyLinear: QATMyLinear}``.
-        health_every_n_steps: Optimizer steps between two measurements of ``qat/sqnr_db``,
-            ``qat/clipped_fraction`` and ``qat/scale_drift``. Default: the Trainer's ``log_every_n_steps``.
+        health_every_n_steps: Optimizer steps between two measurements of ``qat/sqnr_db``, ``qat/clipped_fraction``,
+            ``qat/dead_levels``, ``qat/scale_drift`` and, of learned scales, ``qat/gradient_to_scale_ratio``; see
+            :class:`~lightning_qat.callbacks.health.HealthMonitor`. Default: the Trainer's ``log_every_n_steps``.
+        activation_observer: Where the ranges of static inputs (``"w8a8-static"``) come from: ``"minmax"``, ``"ema"``,
+            ``"percentile"``, ``"mse"``, a mapping with ``name`` and arguments, or an
+            :class:`~lightning_qat.core.ActivationObserver`.
+        activation_calibration_steps: Optimizer steps in which these are calibrated, from the first on that quantizes
+            inputs; then their grids are frozen, or learned. Default: 32, or a tenth of a shorter run.
+        learn_activations: Whether ``scale_lr`` learns the grids of static inputs, too (LSQ+).
+        init: Begin each rung with the grids (and weights) that a method of quantization after training finds:
+            ``"imatrix"``, ``"gptq"``, or a mapping with the arguments of
+            :class:`~lightning_qat.callbacks.techniques.Initialization`. Default: with those of the observer.
+        batch_norm: Compute the statistics of batch normalization anew before every validation: True, the number of
+            batches, or a mapping with the arguments of :class:`~lightning_qat.callbacks.techniques.BatchNorm`
+            (``{"reestimate": 50, "freeze_at": 0.8}``).
+        oscillation: Measure weights that oscillate between two levels: True, or a mapping with the arguments of
+            :class:`~lightning_qat.callbacks.techniques.Oscillation`, which can dampen and freeze them
+            (``{"dampening": 0.1, "freeze_threshold": (0.04, 0.011)}``).
+        distillation: Learn from the outputs of the float model in place of the loss of ``training_step``, or beside it:
+            True, or a mapping with the arguments of :class:`~lightning_qat.callbacks.techniques.Distillation`
+            (``{"task_weight": 0.5, "temperature": 2.0}``), which says what serves as the teacher.
         techniques: Further techniques of training, of your own.
 
     Raises:
@@ -110,22 +140,31 @@ class QATCallback(pl.Callback):
         ignore: PatternsLike = (),
         observer: str | Mapping[str, Any] | Observer = "minmax",
         estimator: str | Mapping[str, Any] | GradientEstimator = "ste",
-        schedule: str | Schedule | Sequence[float] | Mapping[float, float] | None = None,
+        schedule: ScheduleLike | None = None,
         fake_quant_after_n_steps: float = 0,
-        freeze_at: float | None = None,
-        scale_lr: float | None = None,
+        blend_until: float | None = None,
+        freeze_at: float | Mapping[str, Any] | DriftBound | None = None,
+        scale_lr: float | Literal["same"] | None = None,
         target_module: str | None = None,
         mapping: Mapping[type[nn.Module], type[QATLayer]] | None = None,
         health_every_n_steps: int | None = None,
+        activation_observer: str | Mapping[str, Any] | ActivationObserver = "mse",
+        activation_calibration_steps: int | None = None,
+        learn_activations: bool = True,
+        init: str | Mapping[str, Any] | PTQMethod | Technique | None = None,
+        batch_norm: bool | int | Mapping[str, Any] | Technique | None = None,
+        oscillation: bool | Mapping[str, Any] | Technique | None = None,
+        distillation: bool | Mapping[str, Any] | Technique | None = None,
         techniques: Sequence[Technique] = (),
     ) -> None:
         self.rules = parse_rules(scheme)
         self.ignore = parse_patterns(ignore)
         self.observer: Observer = build(observer, OBSERVERS, "observer")
         self.estimator: GradientEstimator = build(estimator, ESTIMATORS, "estimator")
-        self.schedule = build_schedule(schedule, find_final_bits(self.rules))
+        self.schedule = build_schedule(schedule, self.rules)
         self.fake_quant_after_n_steps = fake_quant_after_n_steps
-        self.freeze_at = freeze_at
+        self.blend_until = blend_until
+        self.freeze_at = read_freeze_at(freeze_at)
         self.scale_lr = scale_lr
         self.target_module = target_module
         self.mapping = check_mapping(mapping)
@@ -133,13 +172,30 @@ class QATCallback(pl.Callback):
         check_position(fake_quant_after_n_steps, "fake_quant_after_n_steps")
         if target_module is not None and not isinstance(target_module, str):
             raise TypeError(f"target_module={target_module!r} must be the name of one submodule.")
-        if freeze_at is not None:
-            check_position(freeze_at, "freeze_at")
-        check_positive(scale_lr, "scale_lr")
+        if blend_until is not None:
+            check_position(blend_until, "blend_until")
+        if isinstance(self.freeze_at, DriftBound):
+            self.freeze_at.check(self.observer, learn_scales=scale_lr is not None)
+        if scale_lr != "same":
+            check_positive(scale_lr, "scale_lr")
         check_positive(health_every_n_steps, "health_every_n_steps", Integral)
-        self.techniques = self._read_techniques({}, techniques)
+        self.activation_observer: ActivationObserver = build(
+            activation_observer, ACTIVATION_OBSERVERS, "activation observer"
+        )
+        self.learn_activations = learn_activations
+        inputs = make_inputs(self.rules, activation_calibration_steps)
+        named = {
+            "inputs": inputs,
+            "init": init,
+            "oscillation": oscillation,
+            "batch_norm": batch_norm,
+            "distillation": distillation,
+        }
+        self.techniques = self._read_techniques(named, techniques)
         self.plan: Plan | None = None
         self.timeline: Timeline | None = None
+        self._closed_loop = ClosedLoop(self.schedule)
+        self._drift = ScaleDrift()
         self._health = HealthMonitor()
         self._bypass = BypassCheck()
         self._last_step: int | None = None
@@ -170,6 +226,8 @@ class QATCallback(pl.Callback):
                 observer=self.observer,
                 estimator=self.estimator,
                 learn_scales=self.scale_lr is not None,
+                activation_observer=self.activation_observer,
+                learn_activations=self.scale_lr is not None and self.learn_activations,
                 target_module=self.target_module,
                 mapping=self.mapping,
             )
@@ -180,7 +238,7 @@ class QATCallback(pl.Callback):
         Raises:
             QATConfigurationError: If the schedule does not fit such a run.
         """
-        return resolve(self.schedule, self.fake_quant_after_n_steps, self.freeze_at, total_steps)
+        return resolve(self.schedule, self.fake_quant_after_n_steps, self.freeze_at, total_steps, self.blend_until)
 
     # ---------------------------------------------------------------------------------------- before the fit
 
@@ -213,9 +271,12 @@ class QATCallback(pl.Callback):
             for technique in self.techniques:
                 technique.on_model_built(trainer, pl_module)
 
+    @property
+    def _own_scale_lr(self) -> float | None:
+        return None if self.scale_lr == "same" else self.scale_lr
+
     def _configure_optimizers(self, pl_module: pl.LightningModule, call: Callable[[], Any]) -> Any:
-        assert self.scale_lr is not None
-        with separate_param_group(set(learned_scales(pl_module).values()), self.scale_lr):
+        with separate_param_group(set(learned_scales(pl_module).values()), self._own_scale_lr):
             return call()
 
     @override
@@ -225,11 +286,16 @@ class QATCallback(pl.Callback):
         with as_configuration_error():
             check_finite({layer.name: layer.weight for layer in self.plan.layers})
         self._check_scales(trainer, pl_module)
-        self.timeline = make_timeline(trainer, self.schedule, self.fake_quant_after_n_steps, self.freeze_at)
-        warn_of_monitors(trainer.callbacks, len(self.timeline.rungs))  # type: ignore[attr-defined]
+        is_continued = self._is_restored or trainer.global_step > 0
+        self._closed_loop.start(trainer, is_continued)
+        self.timeline = make_timeline(
+            trainer, self.schedule, self.fake_quant_after_n_steps, self.freeze_at, self.blend_until
+        )
+        self._drift.start(self.timeline, is_continued)
+        warn_of_monitors(trainer.callbacks, self.timeline.num_rungs)  # type: ignore[attr-defined]
         if not self._is_restored:
             self._health = HealthMonitor()
-            go_to_rung(pl_module, self.timeline.num_bits(trainer.global_step), trainer.optimizers)
+            go_to_rung(pl_module, self.timeline, trainer.global_step, trainer.optimizers)
         for technique in self.techniques:
             technique.on_fit_checked(trainer, pl_module, self.timeline)
         self._print_summary(pl_module)
@@ -238,7 +304,8 @@ class QATCallback(pl.Callback):
         if self.scale_lr is not None:
             scales = learned_scales(pl_module)
             check_scales_are_optimized(scales, trainer.optimizers)
-            warn_of_other_scale_lr(scales, trainer.optimizers, self.scale_lr)
+            if self._own_scale_lr is not None:
+                warn_of_other_scale_lr(scales, trainer.optimizers, self._own_scale_lr)
 
     @rank_zero_only
     def _print_summary(self, pl_module: pl.LightningModule) -> None:
@@ -246,12 +313,17 @@ class QATCallback(pl.Callback):
         assert self.timeline is not None
         policy = f"from the observer ({type(self.observer).__name__})"
         if self.scale_lr is not None:
-            policy = f"learned with learning rate {self.scale_lr:g}, initially {policy}"
+            rate = "that of the weights" if self._own_scale_lr is None else f"{self._own_scale_lr:g}"
+            policy = f"learned with learning rate {rate}, initially {policy}"
         print_summary(pl_module, self.plan, self.timeline, policy, [(t.name, t.describe()) for t in self.techniques])
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Pass the hook on."""
+        """Bring the timeline up to date with a checkpoint."""
+        assert self.timeline is not None
+        self._closed_loop.refresh(self.timeline)  # sharded strategies restore checkpoints only now
+        if self._is_restored:
+            self._drift.start(self.timeline, is_continued=True)
         self._pass_on("on_train_start", trainer, pl_module)
 
     def _pass_on(self, hook: str, *arguments: Any) -> None:
@@ -271,20 +343,27 @@ class QATCallback(pl.Callback):
 
     def _advance(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert self.timeline is not None
-        step = trainer.global_step
-        rung, last_step = self.timeline.num_bits(step), self._last_step
-        is_first, self._last_step = last_step is None, step
-        restored_bits = mean_bits(pl_module) if is_first and self._is_restored else None
+        step, last_step = trainer.global_step, self._last_step
+        self._last_step = step
+        went_back = self._closed_loop.before_step(trainer, pl_module, self.timeline)
+        restored = (all_bits(pl_module), mean_bits(pl_module)) if last_step is None and self._is_restored else None
         advance(pl_module, self.timeline, step, trainer.optimizers)
-        if is_first:
+        if self._drift.follow(pl_module, self.timeline, step):
+            advance(pl_module, self.timeline, step, trainer.optimizers)
+        if last_step is None:
             self._bypass.start(pl_module)
-        if restored_bits is not None:
-            warn_if_wider(restored_bits, mean_bits(pl_module))
-            is_new_rung = mean_bits(pl_module) != restored_bits
+        if restored is not None:
+            warn_if_wider(restored[1], mean_bits(pl_module))
+            is_new_rung = restored[0] != all_bits(pl_module)
         else:
-            is_new_rung = last_step is None or self.timeline.num_bits(last_step) != rung
-        if is_new_rung:
-            self._pass_on("on_new_rung", trainer, pl_module)
+            is_new_rung = last_step is None or self.timeline.widths(last_step) != self.timeline.widths(step)
+        if went_back or is_new_rung:
+            self._pass_on("on_rung_restored" if went_back else "on_new_rung", trainer, pl_module)
+
+    @override
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Pass the hook on."""
+        self._pass_on("on_after_backward", trainer, pl_module)
 
     @override
     def on_before_optimizer_step(
@@ -298,6 +377,8 @@ class QATCallback(pl.Callback):
         if self.timeline.is_frozen(trainer.global_step):
             for scale in learned_scales(pl_module).values():
                 scale.grad = None
+        if self._measures_health_at(trainer, trainer.global_step + 1):
+            self._health.see_gradients(pl_module)
         self._pass_on("on_before_optimizer_step", trainer, pl_module, optimizer)
 
     @override
@@ -308,14 +389,27 @@ class QATCallback(pl.Callback):
         self._bypass.finish()
         self._pass_on("on_train_batch_end", trainer, pl_module, outputs, batch, batch_idx)
         step = trainer.global_step
-        every_n_steps = self.health_every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if step == self._last_step or every_n_steps == 0 or step % every_n_steps:
+        if step == self._last_step or not self._measures_health_at(trainer, step):
             return
         figures = {f"qat/{name}": value for name, value in self._health.measure(pl_module).items()}
         figures["qat/num_bits"] = mean_bits(pl_module)
+        if self.timeline is not None and self._last_step is not None:
+            figures.update({f"qat/{name}": value for name, value in self.timeline.figures(self._last_step).items()})
         for technique in self.techniques:
             figures.update({f"qat/{name}": value for name, value in technique.figures().items()})
         publish(trainer, figures, step - 1)  # as Lightning counts what it logs in a training step
+
+    def _measures_health_at(self, trainer: pl.Trainer, step: int) -> bool:
+        every_n_steps = self.health_every_n_steps or trainer.log_every_n_steps  # type: ignore[attr-defined]
+        return every_n_steps > 0 and step % every_n_steps == 0
+
+    def layer_table(self, module: nn.Module) -> None:
+        """Print one table of the quantized layers of ``module``, at any time: errors, levels, scales, oscillation."""
+        shares: dict[str, dict[str, float]] = {}
+        for technique in self.techniques:
+            for name, figures in technique.layer_figures().items():
+                shares.setdefault(name, {}).update(figures)
+        print_layer_table(module, shares)
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -328,18 +422,39 @@ class QATCallback(pl.Callback):
         self._pass_on("on_validation_start", trainer, pl_module)
 
     @override
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         """Pass the hook on."""
+        self._pass_on("on_validation_batch_start", trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let a schedule that looks at a metric decide."""
         self._pass_on("on_validation_end", trainer, pl_module)
+        if self.timeline is not None:
+            self._closed_loop.after_validation(trainer, self.timeline, self._last_step)
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Pass the hook on."""
+        self._pass_on("on_test_start", trainer, pl_module)
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Pass the hook on."""
+        self._pass_on("on_predict_start", trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Warn if the run was stopped before its last rung."""
+        """Warn if the run was stopped before its last rung, or scales did not come to rest."""
         self._pass_on("on_train_end", trainer, pl_module)
         if self.timeline is None or self._last_step is None:
             return
-        if shortfall := self.timeline.describe_shortfall(self._last_step, trainer.global_step):
-            rank_zero_warn(shortfall)
+        shortfall = self.timeline.describe_shortfall(self._last_step, trainer.global_step)
+        further = (self._closed_loop.describe_shortfall(), self._drift.describe_shortfall(self.timeline))
+        for warning in filter(None, (shortfall, *further)):
+            rank_zero_warn(warning)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -368,7 +483,8 @@ class QATCallback(pl.Callback):
         def store(save: Callable[[], Any]) -> None:
             save()
             progress = {
-                "schedule": self.schedule.state_dict(),
+                "closed_loop": self._closed_loop.state_dict(),
+                "drift": self._drift.state_dict(),
                 "health": self._health.state_dict(),
                 "techniques": {technique.name: technique.state_dict() for technique in self.techniques},
             }
@@ -384,7 +500,8 @@ class QATCallback(pl.Callback):
         if (state := checkpoint.get(STATE_KEY)) is not None:
             with as_configuration_error():
                 restore_quantizers(checkpoint, pl_module)
-            self.schedule.load_state_dict(state["schedule"])
+                self._closed_loop.load_state_dict(state.get("closed_loop", {}))
+            self._drift.load_state_dict(state.get("drift", {}))
             self._health.load_state_dict(state["health"])
             for technique in self.techniques:
                 technique.load_state_dict(state.get("techniques", {}).get(technique.name, {}))

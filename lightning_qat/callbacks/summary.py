@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -28,7 +28,6 @@ def print_summary(
 
 def summary_rows(root: nn.Module, plan: Plan, timeline: Timeline, scale_policy: str) -> list[tuple[str, str]]:
     """Return the rows of the summary as (title, text)."""
-    schemes = Counter(str(layer.scheme) for layer in plan.layers)
     report = bit_report(root)
     reasons: dict[str, list[str]] = defaultdict(list)
     for name, reason in plan.skipped.items():
@@ -36,7 +35,7 @@ def summary_rows(root: nn.Module, plan: Plan, timeline: Timeline, scale_policy: 
     floats = [f"{_name_some(names)}: {reason}" for reason, names in reasons.items()]
     idle = [("Rules without effect", ", ".join(plan.idle_targets))] if plan.idle_targets else []
     return [
-        ("Quantized", ", ".join(f"{_count(n, 'layer')} at {scheme}" for scheme, n in schemes.items())),
+        ("Quantized", _describe_layers(plan)),
         *idle,
         ("Left in float", "\n".join(floats) or "nothing that holds a matrix"),
         (
@@ -46,6 +45,17 @@ def summary_rows(root: nn.Module, plan: Plan, timeline: Timeline, scale_policy: 
         ("Schedule", str(timeline)),
         ("Scales", scale_policy),
     ]
+
+
+def _describe_layers(plan: Plan) -> str:
+    """Return how many layers have which scheme, and by name those that have another than most."""
+    by_scheme: dict[str, list[str]] = defaultdict(list)
+    for layer in plan.layers:
+        by_scheme[str(layer.scheme)].append(layer.name)
+    most = max(map(len, by_scheme.values()))
+    usual = next(scheme for scheme, names in by_scheme.items() if len(names) == most)
+    named = {scheme: "" if scheme == usual else f" ({_name_some(names)})" for scheme, names in by_scheme.items()}
+    return ", ".join(f"{_count(len(by_scheme[scheme]), 'layer')} at {scheme}{names}" for scheme, names in named.items())
 
 
 def _count(number: int, noun: str) -> str:

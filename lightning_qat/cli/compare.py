@@ -18,6 +18,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from lightning_qat.callbacks import QATCallback
+from lightning_qat.callbacks.timeline import Timeline
 from lightning_qat.cli.arms import ArmRunner, TrainedArm, load_trained, load_weights, read_seeds
 from lightning_qat.core import PASS_THROUGH_BITS
 from lightning_qat.nn import make_plan, restore_float
@@ -54,8 +55,10 @@ def compare_seed(cfg: DictConfig, seed: int, output_dir: Path, save: Callable[[E
     if not isinstance(qat, QATCallback):
         raise ValueError("lightning-qat compare needs callbacks.qat to be a QATCallback.")
     max_steps = cfg.finetune.trainer.max_steps
-    starts = qat.resolve(max_steps).rungs
+    timeline = qat.resolve(max_steps)
+    starts = timeline.rungs
     ends = [first for first, _ in starts[1:]] + [max_steps]
+    _check_rungs(timeline, ends[0])
     base = runner.train("base", cfg.base)
     others = [callback for callback in runner.make_callbacks().values() if not isinstance(callback, QATCallback)]
     control = runner.train("control", cfg.finetune, init_from=base.last, callbacks=others, checkpoint_steps=ends)
@@ -69,6 +72,20 @@ def compare_seed(cfg: DictConfig, seed: int, output_dir: Path, save: Callable[[E
         if num_bits != PASS_THROUGH_BITS:
             scorer.score_ptq(control.checkpoints[step], num_bits, step)
         scorer.score_qat(trained, num_bits, step)
+
+
+def _check_rungs(timeline: Timeline, first_end: int) -> None:
+    """Check that at the end of each rung all quantizers are at one width that is known before training.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    if timeline.monitor is not None or timeline.activation_rungs is not None or timeline.blend(first_end - 1) < 1:
+        raise ValueError(
+            "lightning-qat compare scores all arms at the end of each rung, which must be known before training, the "
+            "same for weights and inputs, and fake-quantized in full. Give a staircase, 'linear' or 'cosine', and let "
+            f"blend_until end in the first {first_end - 1} optimizer steps, or leave it out."
+        )
 
 
 class _Scorer:

@@ -7,18 +7,21 @@ from lightning_qat.core.grid import (
     fake_quantize,
     group_view,
     hard_round,
+    nearest_codes,
     nearest_steps,
     qparams_from_range,
     quantize,
     round_scale,
+    ungroup,
 )
-from lightning_qat.core.protocols import GradientEstimator, Observer, PTQMethod, Schedule
+from lightning_qat.core.protocols import ActivationObserver, GradientEstimator, Observer, PTQMethod, Schedule
 from lightning_qat.core.scheme import PASS_THROUGH_BITS, WIDTHS, Levels, QuantScheme, fitting_group_sizes
 from lightning_qat.core.stats import LayerStats
 
 __all__ = [
     "PASS_THROUGH_BITS",
     "WIDTHS",
+    "ActivationObserver",
     "GradientEstimator",
     "LayerStats",
     "Levels",
@@ -33,8 +36,10 @@ __all__ = [
     "fitting_group_sizes",
     "group_view",
     "hard_round",
+    "nearest_codes",
     "nearest_steps",
     "qparams_from_range",
     "quantize",
     "round_scale",
+    "ungroup",
 ]

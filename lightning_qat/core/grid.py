@@ -77,7 +77,8 @@ def group_view(weight: Tensor, scheme: QuantScheme) -> Tensor:
     return weight.reshape(out_features, num_groups, weight.shape[1] // num_groups)
 
 
-def _ungroup(grouped: Tensor, shape: torch.Size) -> Tensor:
+def ungroup(grouped: Tensor, shape: torch.Size) -> Tensor:
+    """Undo :func:`group_view`: return ``[O, G, g]`` in the shape of the weight ``[O, I]``, without padding."""
     is_padded = grouped.numel() != shape.numel()
     return grouped.flatten(1)[:, : shape[1]] if is_padded else grouped.reshape(shape)
 
@@ -166,7 +167,7 @@ def fake_quantize(
     levels = levels or scheme.levels()
     steps, scale, _ = _nearest_steps(weight, params, scheme, levels, rounding)
     # Adding the offset even if it is zero turns -0.0 into 0.0, which integer codes cannot tell apart.
-    return _ungroup((steps + levels.zero_offset) * scale, weight.shape).to(weight.dtype)
+    return ungroup((steps + levels.zero_offset) * scale, weight.shape).to(weight.dtype)
 
 
 @torch.no_grad()
@@ -185,8 +186,14 @@ def quantize(weight: Tensor, params: QuantParams, scheme: QuantScheme) -> Tensor
         raise ValueError("NaN or infinite weights have no integer code. Check the checkpoint or the learning rate.")
     if not torch.isfinite(params.scale).all():
         raise ValueError(f"A scale is beyond the range of {scheme.scale_dtype}. Choose scale_dtype='float32'.")
+    return nearest_codes(weight, params, scheme)
+
+
+@torch.no_grad()
+def nearest_codes(weight: Tensor, params: QuantParams, scheme: QuantScheme) -> Tensor:
+    """Return what :func:`quantize` does, without its checks, which wait for an accelerator."""
     steps, _, zero_point = _nearest_steps(weight, params, scheme, scheme.levels(), hard_round)
-    return _ungroup(steps + zero_point, weight.shape).to(torch.int8)
+    return ungroup(steps + zero_point, weight.shape).to(torch.int8)
 
 
 @torch.no_grad()
@@ -194,4 +201,4 @@ def dequantize(codes: Tensor, params: QuantParams, scheme: QuantScheme) -> Tenso
     """Return the levels that ``codes`` (int8 ``[O, I]``) stand for, float32 ``[O, I]``."""
     zero_point = 0.0 if params.zero_point is None else params.zero_point.unsqueeze(-1)
     steps = group_view(codes.float(), scheme) - zero_point
-    return _ungroup((steps + scheme.levels().zero_offset) * params.scale.unsqueeze(-1), codes.shape)
+    return ungroup((steps + scheme.levels().zero_offset) * params.scale.unsqueeze(-1), codes.shape)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from lightning_qat.core.grid import QuantizedWeight, QuantParams
@@ -46,6 +47,41 @@ class Observer(Protocol):
 
 
 @runtime_checkable
+class ActivationObserver(Protocol):
+    """Chooses one grid for the inputs of a layer, which it sees batch by batch.
+
+    What it has seen is a float32 tensor of a fixed shape, which begins with the smallest and the largest value
+    (``inf`` and ``-inf``: none yet); the observer itself remembers nothing.
+    """
+
+    def empty(self, device: torch.device | None = None) -> Tensor:
+        """Return what is known before anything was seen."""
+        ...
+
+    def collect(self, x: Tensor) -> Tensor:
+        """Return what is to be known of one input ``x``, of any shape and floating dtype, but not empty."""
+        ...
+
+    def merge(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return what is known of inputs of the same batch: of several calls, or on several processes."""
+        ...
+
+    def update(self, seen: Tensor, batch: Tensor) -> Tensor:
+        """Return what is known of all batches after one more."""
+        ...
+
+    def __call__(self, seen: Tensor, scheme: QuantScheme, levels: Levels | None = None) -> QuantParams:
+        """Return scale and zero-point, ``[1, 1]``.
+
+        Args:
+            seen: What was seen.
+            scheme: Granularity ``"tensor"``, symmetry and scale rule.
+            levels: Levels in place of the scheme's own, on a rung of a schedule.
+        """
+        ...
+
+
+@runtime_checkable
 class GradientEstimator(Protocol):
     """Rounds, and decides how a gradient passes the rounding."""
 
@@ -58,8 +94,11 @@ class GradientEstimator(Protocol):
 class Schedule(Protocol):
     """Says how many bits a run has at each optimizer step.
 
-    ``final_bits`` is the width of the last rung and ``is_fractional`` says that positions are shares of the
-    run, whose length must then be known.
+    Most look at the step alone; their base class :class:`~lightning_qat.schedules.open_loop.OpenLoop` has all but
+    ``final_bits``, ``is_fractional`` and ``rungs``. The others look at a metric at the end of each validation, too.
+
+    ``final_bits`` is the width of the last rung, ``is_fractional`` says that positions are shares of the run, whose
+    length must then be known, and ``monitor`` is the name of the metric, or None.
     """
 
     @property
@@ -68,8 +107,14 @@ class Schedule(Protocol):
     @property
     def is_fractional(self) -> bool: ...  # noqa: D102
 
+    @property
+    def monitor(self) -> str | None: ...  # noqa: D102
+
     def rungs(self, start: int, total_steps: int | None) -> list[tuple[int, float]]:
-        """Return (first optimizer step, bits) of each rung that is reached, in order.
+        """Return (first optimizer step, bits) of each rung, in order.
+
+        Of a schedule that looks at a metric they are those that there were, and those that there will be at the
+        latest; after an ``update`` they may be others, but from its ``step`` on only.
 
         Args:
             start: Step at which fake quantization starts.
@@ -77,8 +122,26 @@ class Schedule(Protocol):
         """
         ...
 
-    def update(self, metrics: Mapping[str, float]) -> None:
-        """Take note of validation metrics; schedules that only look at the step ignore them."""
+    def activation_rungs(self, start: int, total_steps: int | None) -> list[tuple[int, float]] | None:
+        """Return the rungs of the inputs, or None if these have the rungs of the weights."""
+        ...
+
+    def update(self, metrics: Mapping[str, float], step: int, start: int, total_steps: int | None) -> str | None:
+        """Take note of validation metrics.
+
+        Args:
+            metrics: The metrics by name; ``monitor`` is among them.
+            step: The next optimizer step, the first that can have another width.
+            start: As in :meth:`rungs`.
+            total_steps: As in :meth:`rungs`.
+
+        Returns:
+            What was decided, in words, or None.
+        """
+        ...
+
+    def may_go_back(self, step: int, start: int, total_steps: int | None) -> bool:
+        """Return whether the rung of ``step`` may yet be left for the one before it, whose end is then kept."""
         ...
 
     def state_dict(self) -> dict[str, Any]:

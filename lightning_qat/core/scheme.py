@@ -60,7 +60,9 @@ class QuantScheme:
         scale_dtype: Type that the scale is rounded to *before* it is used, so that a file which stores it
             in that type holds exactly what was trained.
         pad_last_group: Allow a last group that is shorter than ``group_size``.
-        activation: Scheme of the layer's input: dynamic, its range taken from the input at hand.
+        activation: Scheme of the layer's input, or its fields: with granularity ``"token"``, the default, dynamic,
+            its range taken from the input at hand; with ``"tensor"`` static, one grid for all inputs, found by
+            calibration. Asymmetric unless it says otherwise.
 
     Raises:
         ValueError: If a field is out of range, or two fields contradict each other.
@@ -141,8 +143,10 @@ class QuantScheme:
         if self.activation is not None:
             if self.granularity == "token" or self.activation.activation is not None:
                 problems.append("the scheme of an activation cannot have an activation itself.")
-            if self.activation.granularity != "token":
-                problems.append("activations are quantized with granularity='token'.")
+            if self.activation.granularity not in ("token", "tensor"):
+                problems.append("activations are quantized with granularity='token' (dynamic) or 'tensor' (static).")
+            if self.activation.num_bits < 2:
+                problems.append("activations have 2 bits or more.")
             if self.activation.num_bits == PASS_THROUGH_BITS > self.num_bits:
                 problems.append("activations of 16 bits are not quantized: leave activation out.")
         return problems
@@ -180,6 +184,11 @@ class QuantScheme:
         """The smaller of the widths of weight and activation, which the last rung of a schedule must reach."""
         return self.num_bits if self.activation is None else min(self.num_bits, self.activation.num_bits)
 
+    @property
+    def has_static_activation(self) -> bool:
+        """Whether inputs have one grid per tensor, which calibration finds."""
+        return self.activation is not None and self.activation.granularity == "tensor"
+
     def levels(self) -> Levels:
         """Return code range, zero offset and scale divisor of the grid; pass-through has those of 8 bits."""
         qmin, qmax = _CODE_RANGE[min(self.num_bits, 8)]
@@ -208,6 +217,11 @@ class QuantScheme:
         own_rule = self.scale_rule != default_scale_rule(self.num_bits, self.zero_offset)
         rule = self.scale_rule if own_rule else None
         return dataclasses.replace(self, num_bits=num_bits, zero_offset=None, scale_rule=rule)
+
+    def describe_as_input(self) -> str:
+        """Return the scheme of an activation in words."""
+        granularity = "per token" if self.granularity == "token" else "per tensor (static)"
+        return f"{self.num_bits:g} bits {granularity}, {'symmetric' if self.symmetric else 'asymmetric'}"
 
     @property
     def torch_scale_dtype(self) -> torch.dtype:
@@ -245,7 +259,7 @@ class QuantScheme:
     def __str__(self) -> str:
         """Return the shorthand of a weight scheme, or a phrase for one of an activation."""
         if self.granularity == "token":
-            return f"{self.num_bits:g} bits per token, {'symmetric' if self.symmetric else 'asymmetric'}"
+            return self.describe_as_input()
         return format_shorthand(self)
 
 

@@ -2,7 +2,8 @@
 
 It is ``w<bits>``, then ``g<group_size>``, then ``a<bits>`` for a dynamic, asymmetric activation per token
 (``a16`` for none), then flags after hyphens: ``tensor``, ``asym``, ``nozero``, ``pad``, ``bf16`` or ``fp16``
-(scales), a scale rule, or ``actsym`` for a symmetric activation.
+(scales), a scale rule, ``static`` for an activation with one grid per tensor that calibration finds, or ``actsym``
+for a symmetric activation.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 ScaleRule = Literal["half_range", "cell_range", "qmax", "signed_max"]
 
-EXAMPLES = "for example 'w8', 'w4g128', 'w4a8', 'w8a8', 'w3g64-asym', 'w2g32-nozero' or 'w4g32-bf16'"
+EXAMPLES = "for example 'w8', 'w4g128', 'w4a8', 'w8a8-static', 'w3g64-asym', 'w2g32-nozero' or 'w4g32-bf16'"
 
 _SHORTHAND = re.compile(r"w(?P<bits>\d+(\.\d+)?)(g(?P<group>\d+))?(a(?P<act>\d+))?(?P<flags>(-[a-z0-9_]+)*)")
 _FLAGS: dict[str, dict[str, Any]] = {
@@ -26,10 +27,13 @@ _FLAGS: dict[str, dict[str, Any]] = {
     "bf16": {"scale_dtype": "bfloat16"},
     "fp16": {"scale_dtype": "float16"},
     **{rule: {"scale_rule": rule} for rule in get_args(ScaleRule)},
+    "static": {},
     "actsym": {},
 }
+_OF_ACTIVATIONS = ("static", "actsym")
 _EXCLUSIVE = ({"bf16", "fp16"}, set(get_args(ScaleRule)))
 _NO_ACTIVATION = 16
+_FEWEST_OF_ACTIVATIONS = 2
 
 
 def default_scale_rule(num_bits: float, zero_offset: float | None) -> ScaleRule:
@@ -49,13 +53,19 @@ def parse_shorthand(text: str) -> dict[str, Any]:
         raise ValueError(f"Cannot read the scheme {text!r}. Write {EXAMPLES}; flags: {', '.join(_FLAGS)}.")
     if clash := [names for names in _EXCLUSIVE if len(names & set(flags)) > 1]:
         raise ValueError(f"The flags {' and '.join(sorted(clash[0] & set(flags)))} of {text!r} contradict each other.")
-    if "actsym" in flags and not match["act"]:
-        raise ValueError(f"The flag actsym of {text!r} is for activations: write their bits, as in 'w4a8-actsym'.")
+    has_activation = bool(match["act"]) and int(match["act"]) != _NO_ACTIVATION
+    for flag in _OF_ACTIVATIONS:
+        if flag in flags and not has_activation:
+            raise ValueError(f"The flag {flag} of {text!r} is for activations: write their bits, as in 'w4a8-{flag}'.")
+    if has_activation and int(match["act"]) < _FEWEST_OF_ACTIVATIONS:
+        raise ValueError(f"{text!r}: activations have 2 bits or more.")
     fields: dict[str, Any] = {"num_bits": float(match["bits"])}
     if match["group"]:
         fields["group_size"] = int(match["group"])
-    if match["act"] and int(match["act"]) != _NO_ACTIVATION:
-        fields["activation"] = {"num_bits": int(match["act"]), "symmetric": "actsym" in flags}
+    if has_activation:
+        granularity = "tensor" if "static" in flags else "token"
+        symmetric = "actsym" in flags
+        fields["activation"] = {"num_bits": int(match["act"]), "symmetric": symmetric, "granularity": granularity}
     for flag in flags:
         fields.update(_FLAGS[flag])
     return fields
@@ -71,6 +81,7 @@ def format_shorthand(scheme: QuantScheme) -> str:
         "bf16": scheme.scale_dtype == "bfloat16",
         "fp16": scheme.scale_dtype == "float16",
         str(scheme.scale_rule): scheme.scale_rule != default_scale_rule(scheme.num_bits, scheme.zero_offset),
+        "static": scheme.has_static_activation,
         "actsym": scheme.activation is not None and scheme.activation.symmetric,
     }
     text = f"w{scheme.num_bits:g}" + (f"g{scheme.group_size}" if scheme.group_size else "")

@@ -5,13 +5,16 @@ from lightning_qat.nn.convert import (
     check_finite,
     load_quantized_weights,
     prepare,
+    quantized_inputs,
     quantized_layers,
     quantized_weights,
     restore_float,
     set_num_bits,
+    static_inputs,
     weight_fake_quants,
 )
 from lightning_qat.nn.fake_quantize import FakeQuantizeConfig, WeightFakeQuantize
+from lightning_qat.nn.input_calibration import calibrate_inputs
 from lightning_qat.nn.input_fake_quantize import InputFakeQuantize
 from lightning_qat.nn.layers import (
     QATConv1d,
@@ -24,6 +27,7 @@ from lightning_qat.nn.layers import (
 from lightning_qat.nn.plan import Plan, PlannedLayer, check_mapping
 from lightning_qat.nn.rules import PatternsLike, Rule, RulesLike, find_final_bits, parse_patterns, parse_rules
 from lightning_qat.nn.selection import make_plan
+from lightning_qat.nn.static_input import StaticInputConfig, StaticInputFakeQuantize
 
 __all__ = [
     "FakeQuantizeConfig",
@@ -39,8 +43,11 @@ __all__ = [
     "QATLinear",
     "Rule",
     "RulesLike",
+    "StaticInputConfig",
+    "StaticInputFakeQuantize",
     "WeightFakeQuantize",
     "apply_plan",
+    "calibrate_inputs",
     "check_finite",
     "check_mapping",
     "find_final_bits",
@@ -49,9 +56,11 @@ __all__ = [
     "parse_patterns",
     "parse_rules",
     "prepare",
+    "quantized_inputs",
     "quantized_layers",
     "quantized_weights",
     "restore_float",
     "set_num_bits",
+    "static_inputs",
     "weight_fake_quants",
 ]

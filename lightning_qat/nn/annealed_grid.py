@@ -30,6 +30,7 @@ class AnnealedGrid(nn.Module):
         self.scheme = scheme
         self.rung_scheme = scheme
         self._asked_for = scheme.num_bits
+        self.blend = 1.0
         self._levels = self._make_levels(device)
 
     @property
@@ -51,13 +52,20 @@ class AnnealedGrid(nn.Module):
         with torch.no_grad():
             self._levels.copy_(self._make_levels(None))
 
+    def set_blend(self, blend: float) -> None:
+        """Let the share ``blend`` of a tensor be fake-quantized, from 0 to 1, and the rest pass unchanged."""
+        if blend != self.blend:
+            self.blend = blend
+            self._levels[5] = blend
+
     @property
     def pass_through(self) -> bool:
         """Whether the tensor passes unchanged on the current rung."""
         return self.num_bits == PASS_THROUGH_BITS
 
     def _make_levels(self, device: torch.device | None) -> Tensor:
-        return torch.tensor([*self.rung_scheme.levels(), self.pass_through], dtype=torch.float32, device=device)
+        values = [*self.rung_scheme.levels(), self.pass_through, self.blend]
+        return torch.tensor(values, dtype=torch.float32, device=device)
 
     def _fake_quantize(self, tensor: Tensor, params: QuantParams, estimator: GradientEstimator) -> Tensor:
         # Not rung_scheme: a compiled graph would depend on its fields, and the levels say all that changes.
@@ -65,6 +73,13 @@ class AnnealedGrid(nn.Module):
         if not torch.compiler.is_compiling():
             return quantized
         return torch.where(self._levels[4] > 0, tensor, quantized)
+
+    def _blend(self, tensor: Tensor, quantized: Tensor) -> Tensor:
+        """Return ``(1 - blend) * tensor + blend * quantized``, which is ``quantized`` to the bit at 1."""
+        if not torch.compiler.is_compiling() and self.blend == 1:
+            return quantized
+        blended = torch.lerp(tensor.float(), quantized.float(), self._levels[5]).to(tensor.dtype)
+        return blended if not torch.compiler.is_compiling() else torch.where(self._levels[5] < 1, blended, quantized)
 
     def _passes_unchanged(self) -> bool:
         # A compiled graph serves every rung, so the pass-through is chosen inside it.
@@ -86,11 +101,12 @@ class AnnealedGrid(nn.Module):
 
     def get_extra_state(self) -> dict[str, Any]:
         """Return the rung, as primitives and tensors: safe for ``weights_only`` loading."""
-        return {"num_bits": self.num_bits}
+        return {"num_bits": self.num_bits, "blend": self.blend}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`get_extra_state` returned."""
         self.set_num_bits(state["num_bits"])
+        self.set_blend(state.get("blend", 1.0))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Accept a checkpoint without quantizers."""

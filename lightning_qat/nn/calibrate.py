@@ -6,7 +6,7 @@ import functools
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -217,24 +217,33 @@ class Calibrator:
         left_out = set().union(*from_all_processes(broken))
         return [each for names, each in accumulators.items() if names not in left_out], sorted(left_out)
 
-    @contextmanager
-    def _hooks(self, see: Callable[[str, Tensor], None], names: set[str] | None = None) -> Iterator[None]:
-        def make_hook(name: str) -> Callable[..., None]:
-            def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                x = args[0] if args else next(iter(kwargs.values()), None)
-                if not isinstance(x, Tensor):
-                    raise TypeError(
-                        f"The layer '{name}' was called with a {type(x).__name__}, not with a tensor: the model did "
-                        "not get what its forward takes out of a calibration batch. Give batches of tensors, or say "
-                        "how the model is called on a batch (step=..., or a method calibration_step of the module)."
-                    )
-                see(name, x)
+    def _hooks(self, see: Callable[[str, Tensor], None], names: set[str] | None = None) -> AbstractContextManager[None]:
+        return watch_inputs({name: self.layers[name] for name in self.layers if names is None or name in names}, see)
 
-            return hook
 
-        with ExitStack() as stack, torch.no_grad():
-            for name, module in self.layers.items():
-                if names is None or name in names:
-                    handle = module.register_forward_pre_hook(make_hook(name), with_kwargs=True)
-                    stack.callback(handle.remove)
-            yield
+@contextmanager
+def watch_inputs(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Call ``see(name, x)`` for each input ``x`` that one of ``layers`` gets, without gradients.
+
+    Raises:
+        TypeError: If a layer is called with something else than a tensor.
+    """
+
+    def make_hook(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()), None)
+            if not isinstance(x, Tensor):
+                raise TypeError(
+                    f"The layer '{name}' was called with a {type(x).__name__}, not with a tensor: the model did "
+                    "not get what its forward takes out of a calibration batch. Give batches of tensors, or say "
+                    "how the model is called on a batch (step=..., or a method calibration_step of the module)."
+                )
+            see(name, x)
+
+        return hook
+
+    with ExitStack() as stack, torch.no_grad():
+        for name, module in layers.items():
+            handle = module.register_forward_pre_hook(make_hook(name), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_qat.core import PASS_THROUGH_BITS, GradientEstimator, Observer, QuantizedWeight
+from lightning_qat.core import (
+    PASS_THROUGH_BITS,
+    ActivationObserver,
+    GradientEstimator,
+    Observer,
+    QuantizedWeight,
+    QuantParams,
+)
 from lightning_qat.core.registry import build
 from lightning_qat.estimators import ESTIMATORS, ClippedSTE
 from lightning_qat.nn.fake_quantize import FakeQuantizeConfig, WeightFakeQuantize
@@ -18,7 +25,8 @@ from lightning_qat.nn.layers import QATLayer
 from lightning_qat.nn.plan import Plan, PlannedLayer, check_mapping
 from lightning_qat.nn.rules import PatternsLike, RulesLike, parse_patterns, parse_rules
 from lightning_qat.nn.selection import make_plan
-from lightning_qat.observers import OBSERVERS, MinMaxObserver
+from lightning_qat.nn.static_input import StaticInputConfig, StaticInputFakeQuantize
+from lightning_qat.observers import ACTIVATION_OBSERVERS, OBSERVERS, MinMaxObserver
 
 
 def prepare(
@@ -29,6 +37,8 @@ def prepare(
     observer: str | Mapping[str, Any] | Observer = "minmax",
     estimator: str | Mapping[str, Any] | GradientEstimator = "ste",
     learn_scales: bool = False,
+    activation_observer: str | Mapping[str, Any] | ActivationObserver = "mse",
+    learn_activations: bool = False,
     target_module: str | None = None,
     mapping: Mapping[type[nn.Module], type[QATLayer]] | None = None,
 ) -> Plan:
@@ -41,6 +51,9 @@ def prepare(
         observer: Where ranges come from: name, mapping with ``name`` and arguments, or object.
         estimator: How gradients pass the rounding, likewise.
         learn_scales: Whether scales become parameters.
+        activation_observer: Where the ranges of static inputs come from, likewise; they are found by
+            :func:`lightning_qat.nn.calibrate_inputs`, or in training.
+        learn_activations: Whether the grids of static inputs become parameters.
         target_module: Name of the submodule outside which nothing is quantized.
         mapping: Further layer classes, each with the class that it turns into.
 
@@ -54,12 +67,20 @@ def prepare(
     observer = build(observer, OBSERVERS, "observer")
     estimator = build(estimator, ESTIMATORS, "estimator")
     plan = make_plan(root, parse_rules(scheme), parse_patterns(ignore), target_module, check_mapping(mapping))
-    apply_plan(root, plan, observer, estimator, learn_scales)
+    inputs = StaticInputConfig(
+        build(activation_observer, ACTIVATION_OBSERVERS, "activation observer"), learn_activations
+    )
+    apply_plan(root, plan, observer, estimator, learn_scales, inputs)
     return plan
 
 
 def apply_plan(
-    root: nn.Module, plan: Plan, observer: Observer, estimator: GradientEstimator, learn_scales: bool = False
+    root: nn.Module,
+    plan: Plan,
+    observer: Observer,
+    estimator: GradientEstimator,
+    learn_scales: bool = False,
+    inputs: StaticInputConfig | None = None,
 ) -> None:
     """Carry out ``plan`` on ``root``, whose modules it refers to."""
     check_finite({layer.name: layer.weight for layer in plan.layers})
@@ -72,7 +93,7 @@ def apply_plan(
         config = FakeQuantizeConfig(replace(layer.scheme, activation=None), observer, estimator, learn_scales)
         if layer.weight not in by_weight:
             by_weight[layer.weight] = _weight_fake_quant(layer, config)
-        _swap(layer, by_weight[layer.weight], estimator)
+        _swap(layer, by_weight[layer.weight], estimator, inputs or StaticInputConfig())
     _set_fast_paths(root)
 
 
@@ -102,23 +123,48 @@ def _weight_fake_quant(layer: PlannedLayer, config: FakeQuantizeConfig) -> Weigh
 
 def _is_same(first: object, second: object) -> bool:
     """Return whether two components do the same; a copy of one without ``__eq__`` does."""
-    return first == second or (type(first) is type(second) and getattr(first, "__dict__", 0) == second.__dict__)
+    is_one_class = type(first) is type(second)
+    return first == second or (is_one_class and getattr(first, "__dict__", 0) == getattr(second, "__dict__", 1))
 
 
-def _swap(layer: PlannedLayer, weight_fake_quant: WeightFakeQuantize, estimator: GradientEstimator) -> None:
+def _swap(
+    layer: PlannedLayer, weight_fake_quant: WeightFakeQuantize, estimator: GradientEstimator, inputs: StaticInputConfig
+) -> None:
     module = layer.module
-    activation = layer.scheme.activation
-    input_fake_quant = getattr(module, "input_fake_quant", None)
-    is_same = isinstance(input_fake_quant, InputFakeQuantize) and _is_same(input_fake_quant.estimator, estimator)
-    if getattr(input_fake_quant, "scheme", None) != activation or (activation and not is_same):
-        device = layer.weight.device
-        input_fake_quant = activation and InputFakeQuantize(
-            activation, estimator, layer.qat_class.sample_dims, device=device
-        )
+    input_fake_quant = _input_fake_quant(layer, estimator, inputs)
     module.__class__ = layer.qat_class
     module.register_module("weight_fake_quant", weight_fake_quant)
     module.register_module("input_fake_quant", input_fake_quant)
     module.train(module.training)
+
+
+def _input_fake_quant(
+    layer: PlannedLayer, estimator: GradientEstimator, inputs: StaticInputConfig
+) -> InputFakeQuantize | None:
+    """Return the quantizer that the layer has already, if it is what is asked for, or a new one."""
+    if layer.scheme.activation is None:
+        return None
+    arguments = (layer.scheme.activation, estimator, layer.qat_class.sample_dims, layer.weight.device)
+    if not layer.has_static_input:
+        made = InputFakeQuantize(*arguments)
+    elif layer.input_statistics is None:
+        made = StaticInputFakeQuantize(*arguments, inputs)
+    else:
+        calibrated = StaticInputFakeQuantize(*arguments, replace(inputs, observer=layer.input_statistics.observer))
+        calibrated.adopt(layer.input_statistics.seen)
+        return calibrated
+    present = getattr(layer.module, "input_fake_quant", None)
+    return present if isinstance(present, InputFakeQuantize) and _quantize_alike(present, made) else made
+
+
+def _quantize_alike(first: InputFakeQuantize, second: InputFakeQuantize) -> bool:
+    if type(first) is not type(second) or first.scheme != second.scheme:
+        return False
+    if isinstance(first, StaticInputFakeQuantize) and isinstance(second, StaticInputFakeQuantize):
+        same_observer = _is_same(first.config.observer, second.config.observer)
+        if not same_observer or first.config.learn != second.config.learn:
+            return False
+    return _is_same(first.estimator, second.estimator)
 
 
 def restore_float(root: nn.Module) -> None:
@@ -163,12 +209,47 @@ def weight_fake_quants(root: nn.Module) -> Iterator[tuple[str, QATLayer]]:
             yield name, layer
 
 
-def set_num_bits(root: nn.Module, num_bits: float) -> None:
-    """Bring all weights and inputs of ``root`` to a rung: each to ``max(num_bits, its own width)``."""
+def static_inputs(root: nn.Module) -> dict[str, StaticInputFakeQuantize]:
+    """Return the quantizers of static inputs by the names of their layers."""
+    quantizers = {name: layer.input_fake_quant for name, layer in quantized_layers(root).items()}
+    return {name: each for name, each in quantizers.items() if isinstance(each, StaticInputFakeQuantize)}
+
+
+def quantized_inputs(root: nn.Module) -> dict[str, QuantParams]:
+    """Return the static grid of the inputs of every layer that has one, on the current rung.
+
+    A layer with dynamic inputs, or inputs in float, has no entry. Levels are ``(code - zero_point) * scale`` for the
+    codes of ``layer.input_fake_quant.rung_scheme``.
+
+    Raises:
+        ValueError: If a grid is not calibrated yet, or its rung is the pass-through; layers are named.
+    """
+    quantizers = static_inputs(root)
+    if waiting := [name for name, each in quantizers.items() if each.pass_through or not each.is_calibrated]:
+        raise ValueError(
+            f"The inputs of {', '.join(waiting)} have no grid yet: train until their calibration, or call "
+            "lightning_qat.nn.calibrate_inputs(model, batches)."
+        )
+    with torch.no_grad():
+        found = {name: each.qparams() for name, each in quantizers.items()}
+    return {
+        name: QuantParams(params.scale.clone(), None if params.zero_point is None else params.zero_point.clone())
+        for name, params in found.items()
+    }
+
+
+def set_num_bits(root: nn.Module, num_bits: float, activation_bits: float | None = None) -> None:
+    """Bring all weights and inputs of ``root`` to a rung: each to ``max(num_bits, its own width)``.
+
+    Args:
+        root: The model.
+        num_bits: The rung.
+        activation_bits: The rung of inputs, if it is another.
+    """
     for layer in quantized_layers(root).values():
         layer.weight_fake_quant.set_num_bits(num_bits)
         if layer.input_fake_quant is not None:
-            layer.input_fake_quant.set_num_bits(num_bits)
+            layer.input_fake_quant.set_num_bits(num_bits if activation_bits is None else activation_bits)
 
 
 def quantized_weights(root: nn.Module) -> dict[str, QuantizedWeight]:

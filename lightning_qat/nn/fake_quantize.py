@@ -17,6 +17,7 @@ from lightning_qat.core import (
     quantize,
     round_scale,
 )
+from lightning_qat.estimators.lsq import log_scale, lsq_factor
 from lightning_qat.nn.annealed_grid import AnnealedGrid
 
 
@@ -41,9 +42,9 @@ class WeightFakeQuantize(AnnealedGrid):
     """Fake quantization of a weight ``[O, I]``, shared by the layers that share the weight.
 
     The scales follow the weight in every forward pass (a cheap observer), are refreshed now and then (a
-    costly one), are learned, or are frozen. A learned scale is ``scale * exp(log_scale_ratio)``: positive by
-    construction, a learning rate that is relative to its size, and a weight decay, should it get one, that
-    pulls towards the observed value.
+    costly one), are learned, or are frozen. A learned scale is ``scale * exp(log_scale_ratio)``, with LSQ's gradient
+    (see :func:`~lightning_qat.estimators.lsq.log_scale`): positive by construction, and a weight decay, should it get
+    one, pulls towards the observed value.
 
     Attributes:
         scale: Observed or frozen scales, float32 ``[O * G]``; no buffer, see
@@ -64,6 +65,7 @@ class WeightFakeQuantize(AnnealedGrid):
         num_groups = config.scheme.num_groups(in_features)
         self.qparams_shape = (1, 1) if config.scheme.granularity == "tensor" else (out_features, num_groups)
         num_scales = self.qparams_shape[0] * self.qparams_shape[1]
+        self.weights_per_scale = config.scheme.group_size or out_features * in_features // self.qparams_shape[0]
         zeros = torch.zeros(num_scales, dtype=torch.float32, device=device)
         self.scale = zeros + 1
         self.zero_point = None if config.scheme.symmetric else zeros.clone()
@@ -86,7 +88,20 @@ class WeightFakeQuantize(AnnealedGrid):
     @torch.no_grad()
     def observe(self, weight: Tensor) -> None:
         """Take scales and zero-points from ``weight`` ``[O, I]``, and forget what was learned on an older grid."""
-        params = self.config.observer(weight.detach(), self.scheme, self.levels)
+        self._take(self.config.observer(weight.detach(), self.scheme, self.levels))
+
+    @torch.no_grad()
+    def adopt(self, params: QuantParams) -> None:
+        """Go on from scales and zero-points ``[O, G]`` that were found elsewhere, in place of observed ones.
+
+        Raises:
+            ValueError: If the next forward pass would observe others: scales must be learned or frozen.
+        """
+        if self.follows_weight:
+            raise ValueError("Scales that follow the weight cannot be initialised. Learn (scale_lr) or freeze them.")
+        self._take(params)
+
+    def _take(self, params: QuantParams) -> None:
         self.scale.copy_(params.scale.flatten())
         if self.zero_point is not None and params.zero_point is not None:
             self.zero_point.copy_(params.zero_point.flatten())
@@ -114,15 +129,19 @@ class WeightFakeQuantize(AnnealedGrid):
             self.observe(weight)
         scale = self.scale
         if self.log_scale_ratio is not None:
-            scale = round_scale(scale * self.log_scale_ratio.exp(), self.scheme.torch_scale_dtype)
+            factor = lsq_factor(self.weights_per_scale, self.levels.qmax)
+            scale = round_scale(log_scale(scale, self.log_scale_ratio, factor), self.scheme.torch_scale_dtype)
         zero_point = None if self.zero_point is None else self.zero_point.view(self.qparams_shape)
         return QuantParams(scale.view(self.qparams_shape), zero_point)
 
     def forward(self, weight: Tensor) -> Tensor:
-        """Return ``weight`` ``[O, I]`` on the grid of the current rung, in its dtype."""
+        """Return ``weight`` ``[O, I]`` on the grid of the current rung, in its dtype.
+
+        During a blend the result is ``(1 - blend) * weight + blend * fake_quantize(weight)``, and so is the gradient.
+        """
         if self._passes_unchanged():
             return self._keep_in_graph(weight)
-        return self._fake_quantize(weight, self.qparams(weight), self.config.estimator)
+        return self._blend(weight, self._fake_quantize(weight, self.qparams(weight), self.config.estimator))
 
     def _keep_in_graph(self, weight: Tensor) -> Tensor:
         # DDP reports a parameter that takes no part in the loss.
@@ -132,7 +151,7 @@ class WeightFakeQuantize(AnnealedGrid):
 
     @torch.no_grad()
     def quantize(self, weight: Tensor) -> QuantizedWeight:
-        """Return the codes of ``weight`` ``[O, I]`` and the grid that they are on.
+        """Return the codes of ``weight`` ``[O, I]`` and the grid that they are on, in the middle of a blend too.
 
         Raises:
             ValueError: If the weight has NaN or infinite values, or the current rung is the pass-through.
@@ -184,4 +203,5 @@ class WeightFakeQuantize(AnnealedGrid):
     def extra_repr(self) -> str:
         """Describe the grid."""
         rung = "" if self.num_bits == self.scheme.num_bits else f", now at {self.num_bits:g} bits"
-        return f"{self.scheme}{rung}" + (", frozen" if self.frozen else "")
+        blend = "" if self.blend == 1 else f", blended in by {self.blend:.3g}"
+        return f"{self.scheme}{rung}{blend}" + (", frozen" if self.frozen else "")

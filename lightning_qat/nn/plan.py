@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_qat.core import QuantScheme
 from lightning_qat.nn.layers import QATConv1d, QATConv2d, QATConv3d, QATEmbedding, QATLayer, QATLinear
+from lightning_qat.nn.static_input import InputStatistics
 
 QAT_CLASSES: dict[type[nn.Module], type[QATLayer]] = {
     qat_class.float_class: qat_class for qat_class in (QATLinear, QATConv1d, QATConv2d, QATConv3d, QATEmbedding)
@@ -19,12 +20,21 @@ QAT_CLASSES: dict[type[nn.Module], type[QATLayer]] = {
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """A layer that is to be quantized."""
+    """A layer that is to be quantized.
+
+    Attributes:
+        name: Its name.
+        module: The layer.
+        qat_class: What it turns into.
+        scheme: By which scheme.
+        input_statistics: What calibration has seen of its inputs, if that is done and they get a static grid.
+    """
 
     name: str
     module: nn.Module
     qat_class: type[QATLayer]
     scheme: QuantScheme
+    input_statistics: InputStatistics | None = None
 
     def __post_init__(self) -> None:
         """Leave activations out where the input is an index."""
@@ -35,6 +45,11 @@ class PlannedLayer:
     def takes_index(self) -> bool:
         """Whether the input says which rows to look up, and is no features to quantize or to calibrate on."""
         return issubclass(self.qat_class.float_class, nn.Embedding)
+
+    @property
+    def has_static_input(self) -> bool:
+        """Whether its inputs get a static grid, which calibration has to find."""
+        return self.scheme.has_static_activation
 
     @property
     def weight(self) -> nn.Parameter:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-from lightning_qat.nn.fake_quantize import WeightFakeQuantize
+from lightning_qat.nn.annealed_grid import AnnealedGrid
 
 OUTPUT_HEAD_NAMES = ("lm_head", "embed_out")
 
@@ -31,9 +31,9 @@ def _parameter_holders(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _float_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """Yield all parameters but learned scales: one of those does not make its layer one that trains."""
+    """Yield all parameters but those of grids: one of those does not make its layer one that trains."""
     for child in module.modules():
-        if not isinstance(child, WeightFakeQuantize):
+        if not isinstance(child, AnnealedGrid):
             yield from child.parameters(recurse=False)
 
 

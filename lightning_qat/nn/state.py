@@ -10,19 +10,22 @@ from typing import Any
 
 from torch import nn
 
-from lightning_qat.core import GradientEstimator, Observer
+from lightning_qat.core import ActivationObserver, GradientEstimator, Observer
 from lightning_qat.core.registry import build, describe
 from lightning_qat.estimators import ESTIMATORS
 from lightning_qat.nn.annealed_grid import AnnealedGrid
-from lightning_qat.nn.convert import apply_plan, quantized_layers
+from lightning_qat.nn.convert import apply_plan, quantized_layers, static_inputs
 from lightning_qat.nn.layers import QATLayer
 from lightning_qat.nn.plan import plan_exactly
-from lightning_qat.observers import OBSERVERS
+from lightning_qat.nn.static_input import StaticInputConfig
+from lightning_qat.observers import ACTIVATION_OBSERVERS, OBSERVERS
 
 STATE_KEY = "lightning_qat"
 """Where a checkpoint keeps what :func:`quantizer_state` returns."""
 
 _VERSION = 1
+_BEFORE_STATIC_INPUTS = {"activation_observer": {"name": "mse"}, "learn_activations": False}
+"""What a checkpoint means that does not say it."""
 
 
 def quantizer_prefixes(root: nn.Module) -> tuple[str, ...]:
@@ -45,6 +48,7 @@ def quantizer_state(root: nn.Module, parameters: Mapping[str, Any] | None = None
     """
     layers = quantized_layers(root)
     config = next(iter(layers.values())).weight_fake_quant.config
+    inputs = next((quantizer.config for quantizer in static_inputs(root).values()), StaticInputConfig())
     own: dict[str, Any] = {}
     for name, quantizer in _named_quantizers(root).items():  # not root.state_dict(), which users override
         quantizer.state_dict(destination=own, prefix=f"{name}.")
@@ -60,6 +64,8 @@ def quantizer_state(root: nn.Module, parameters: Mapping[str, Any] | None = None
         "observer": describe(config.observer, OBSERVERS),
         "estimator": describe(config.estimator, ESTIMATORS),
         "learn_scales": config.learn_scales,
+        "activation_observer": describe(inputs.observer, ACTIVATION_OBSERVERS),
+        "learn_activations": inputs.learn,
         "quantizers": {key: averaged.get(key, value) for key, value in own.items()},
     }
 
@@ -71,11 +77,12 @@ def load_quantizer_state(root: nn.Module, state: Mapping[str, Any]) -> None:
         ValueError: If the layers, their schemes or their shapes differ, or a newer version wrote it.
     """
     _check_version(state)
-    present = quantizer_state(root)
-    for part in ("layers", "activations", "learn_scales"):
+    present, state = quantizer_state(root), {**_BEFORE_STATIC_INPUTS, **state}
+    for part in ("layers", "activations", "learn_scales", "learn_activations"):
         if present[part] != state[part]:
+            difference = _difference(part, present[part], state[part])
             raise ValueError(
-                f"The checkpoint was trained with other quantizers: {_difference(present[part], state[part])}. Use the "
+                f"The checkpoint was trained with other quantizers: {difference}. Use the "
                 "arguments of that run, or load only the weights: model.load_state_dict(checkpoint['state_dict'])."
             )
     quantizers: dict[str, Any] = state["quantizers"]
@@ -91,9 +98,9 @@ def _check_version(state: Mapping[str, Any]) -> None:
         raise ValueError("The checkpoint was written by a newer lightning_qat. Upgrade the package to load it.")
 
 
-def _difference(present: Any, saved: Any) -> str:
+def _difference(part: str, present: Any, saved: Any) -> str:
     if not isinstance(present, dict):
-        return f"learn_scales is {present}, and was {saved}"
+        return f"{part} is {present}, and was {saved}"
     for name in sorted({*present, *saved}):
         if present.get(name) != saved.get(name):
             return f"'{name}' is {_brief(present.get(name))}, and was {_brief(saved.get(name))}"
@@ -112,6 +119,7 @@ def rebuild(
     observer: Observer | None = None,
     estimator: GradientEstimator | None = None,
     mapping: Mapping[type[nn.Module], type[QATLayer]] | None = None,
+    activation_observer: ActivationObserver | None = None,
 ) -> None:
     """Put the quantizers that ``state`` describes into a float ``root``, in place, and restore their state.
 
@@ -121,16 +129,22 @@ def rebuild(
         observer: The observer, if it is not one of the registry.
         estimator: The estimator, if it is not one of the registry.
         mapping: Further layer classes, as in :func:`lightning_qat.nn.prepare`.
+        activation_observer: The observer of static inputs, if it is not one of the registry.
 
     Raises:
-        ValueError: If a layer is missing, or observer or estimator are unknown and not given.
+        ValueError: If a layer is missing, or observers or estimator are unknown and not given.
     """
     _check_version(state)
+    state = {**_BEFORE_STATIC_INPUTS, **state}
     schemes = {name: {**scheme, "activation": None} for name, scheme in state["layers"].items()}
     for name, activation in state["activations"].items():
         schemes[name]["activation"] = activation
     plan = plan_exactly(root, schemes, mapping)
     observer = observer or build(state["observer"], OBSERVERS, "observer")
     estimator = estimator or build(state["estimator"], ESTIMATORS, "estimator")
-    apply_plan(root, plan, observer, estimator, state["learn_scales"])
+    activation_observer = activation_observer or build(
+        state["activation_observer"], ACTIVATION_OBSERVERS, "activation observer"
+    )
+    inputs = StaticInputConfig(activation_observer, state["learn_activations"])
+    apply_plan(root, plan, observer, estimator, state["learn_scales"], inputs)
     load_quantizer_state(root, state)

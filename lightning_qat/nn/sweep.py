@@ -9,12 +9,14 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from lightning_qat.core import Observer, PTQMethod, QuantizedWeight
+from lightning_qat.core import ActivationObserver, Observer, PTQMethod, QuantizedWeight
 from lightning_qat.nn.calibrate import GIB, CalibrationPlan, Calibrator, make_runner
 from lightning_qat.nn.convert import load_quantized_weights
+from lightning_qat.nn.input_calibration import observe_inputs
 from lightning_qat.nn.pending import PendingWeights
 from lightning_qat.nn.plan import Plan
 from lightning_qat.nn.sequential import SequentialCalibration, WorkingModel
+from lightning_qat.nn.static_input import StaticInputConfig
 from lightning_qat.ptq import RTN
 from lightning_qat.ptq.engine import LayerReport
 
@@ -109,6 +111,7 @@ def sweep(
     bits: Sequence[float],
     observer: Observer,
     *,
+    activation_observer: ActivationObserver | None = None,
     step: Callable[[Any], Any] | None = None,
     memory_budget: int = 4 * GIB,
     unseen: Literal["error", "rtn"] = "error",
@@ -128,6 +131,8 @@ def sweep(
         methods: Methods by name.
         bits: Widths.
         observer: Where ranges come from for methods without a search of their own.
+        activation_observer: Where those of static inputs come from: calibrated once, on the float model, for all
+            methods and widths, also if ``sequential``. Default: the range with the least squared error.
         step: Called with each batch; runs the model.
         memory_budget: Bytes for Hessians.
         unseen: What to do with layers that no token reached: raise, or round them to nearest, which the
@@ -140,13 +145,15 @@ def sweep(
     Raises:
         ValueError: If layers saw no token, or saw NaN or infinite inputs; they are named.
     """
+    run = make_runner(root, batches, step)
+    plan = observe_inputs(plan, activation_observer or StaticInputConfig().observer, run, len(batches), unseen)
     without_inputs = [layer.name for layer in plan.layers if layer.takes_index]
     with_inputs = {layer.name: layer.module for layer in plan.layers if not layer.takes_index}
     if not with_inputs or not _calibrated(methods):
         pending = PendingWeights(plan, methods, bits, observer)
         pending.add_unknown([layer.name for layer in plan.layers])
         return PTQResults(plan, tuple(bits), pending.weights, pending.reports)
-    calibrator = Calibrator(with_inputs, batches, make_runner(root, batches, step), memory_budget, progress)
+    calibrator = Calibrator(with_inputs, batches, run, memory_budget, progress)
     if sequential:
         return _sweep_sequentially(root, plan, calibrator, without_inputs, methods, bits, observer, unseen, tell)
     calibration = calibrator.plan()

@@ -5,16 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning_qat.core import WIDTHS
 
 
 class OpenLoop:
-    """A schedule without memory: metrics do not change it and a resumed run needs no state."""
+    """A schedule without memory: metrics do not change it and a resumed run needs no state.
 
-    def update(self, metrics: Mapping[str, float]) -> None:
+    A subclass has to say ``final_bits``, ``is_fractional`` and ``rungs``; see
+    :class:`~lightning_qat.core.protocols.Schedule`.
+    """
+
+    monitor: ClassVar[str | None] = None
+
+    def activation_rungs(self, start: int, total_steps: int | None) -> list[tuple[int, float]] | None:
+        """Return None: inputs are on the rungs of the weights."""
+        return None
+
+    def update(self, metrics: Mapping[str, float], step: int, start: int, total_steps: int | None) -> str | None:
         """Ignore ``metrics``."""
+        return None
+
+    def may_go_back(self, step: int, start: int, total_steps: int | None) -> bool:
+        """Return False: a rung is never left for the one before it."""
+        return False
 
     def state_dict(self) -> dict[str, Any]:
         """Return no state."""

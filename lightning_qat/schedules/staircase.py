@@ -71,7 +71,9 @@ class Staircase(OpenLoop):
     @property
     def is_fractional(self) -> bool:
         """Whether the length of the run must be known."""
-        return not self.positions or any(isinstance(position, float) and position for position in self.positions)
+        if not self.positions:
+            return len(self.widths) > 1
+        return any(isinstance(position, float) and position for position in self.positions)
 
     def rungs(self, start: int, total_steps: int | None) -> list[tuple[int, float]]:
         """Return (first step, bits) of the rungs; on a run that is too short, early ones are left out.
@@ -97,6 +99,8 @@ class Staircase(OpenLoop):
     def _first_steps(self, start: int, total_steps: int | None) -> list[int]:
         if self.positions:
             return [start, *(position_to_step(position, total_steps) for position in self.positions[1:])]
+        if len(self.widths) == 1:
+            return [start]
         if total_steps is None:
             raise ValueError("Rungs that share the run equally need a run with a known end.")
         remaining = total_steps - start

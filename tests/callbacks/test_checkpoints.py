@@ -23,6 +23,20 @@ RUNS = {
     "activations": {"scheme": "w4a8", "schedule": [16, 8, 4]},
     "without zero": {"scheme": "w2g16-nozero-bf16", "schedule": [4, 2], "freeze_at": 0.8},
     "late": {"scheme": "w4", "fake_quant_after_n_steps": 17, "freeze_at": 20},
+    "static inputs": {
+        "scheme": "w4a4-static",
+        "schedule": [8, 4],
+        "activation_observer": "mse",
+        "activation_calibration_steps": 6,
+    },
+    "learned inputs": {
+        "scheme": "w4a2-static",
+        "schedule": {0: 16, 4: 8, 14: 4, 18: 2},
+        "scale_lr": 1e-2,
+        "activation_observer": "ema",
+        "activation_calibration_steps": 8,
+        "freeze_at": 20,
+    },
 }
 STEPS = 24
 
@@ -64,6 +78,27 @@ def test_resuming_in_the_middle_of_an_epoch_with_accumulation(name, tmp_path):
     fit(resumed, QATCallback(**RUNS[name]), ckpt_path=tmp_path / "step14.ckpt", **options)
     assert resumed.losses == whole.losses[28:]
     assert_same(state_of(whole), state_of(resumed))
+
+
+def test_a_stateful_loader_goes_on_where_it_was(tmp_path):
+    class Numbered(loader):
+        def __iter__(self):
+            for position in super().__iter__():
+                yield position + self.position
+
+    class Seeing(TinyTask):
+        def training_step(self, batch, batch_idx):
+            self.seen = [*getattr(self, "seen", []), batch.item()]
+            return super().training_step(batch, batch_idx)
+
+    def seen(*callbacks, ckpt_path=None):
+        task = Seeing()
+        trainer = make_trainer(*callbacks, max_epochs=3)
+        trainer.fit(task, Numbered(10), loader(2), ckpt_path=ckpt_path)
+        return task.seen
+
+    whole = seen(QATCallback("w4", freeze_at=0.9), StepCheckpoint(tmp_path, [17]))
+    assert seen(QATCallback("w4", freeze_at=0.9), ckpt_path=tmp_path / "step17.ckpt") == whole[17:]
 
 
 @pytest.mark.parametrize("name", RUNS)

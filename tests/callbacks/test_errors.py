@@ -70,7 +70,7 @@ class QATOwnForward(QATLinear, OwnForward):
             {"scheme": "w4", "observer": {"name": "mse", "steps": 3}},
             "'mse' takes the arguments num_steps, .* got {'steps': 3}",
         ),
-        ({"scheme": "w4", "observer": dict}, "Expected one of minmax, mse or an object as observer"),
+        ({"scheme": "w4", "observer": dict}, "Expected one of absmean, minmax, mse or an object as observer"),
         ({"scheme": "w4", "schedule": "staircase"}, "schedule 'staircase' takes the arguments bits"),
         ({"scheme": "w4", "schedule": 4}, "schedule=4 must be a list of widths"),
         ({"scheme": "w4", "schedule": True}, "schedule=True must be a list of widths"),

@@ -310,7 +310,8 @@ def test_bits_and_health_are_logged_in_aggregate(tmp_path):
     assert 0 < logged[11]["qat/scale_drift"] < 0.5
     assert "qat/scale_drift" not in logged[9]  # the first look at a new grid
     names = {name for row in rows for name in row if name.startswith("qat/")}
-    assert names == {"qat/num_bits", "qat/sqnr_db", "qat/clipped_fraction", "qat/scale_drift"}
+    figures = ("num_bits", "sqnr_db", "clipped_fraction", "dead_levels", "scale_drift")
+    assert names == {f"qat/{name}" for name in figures}
     assert trainer.callback_metrics["qat/num_bits"] == 2
 
 
@@ -554,3 +555,13 @@ def test_the_grid_is_float32_under_reduced_precision(precision):
     assert task.net[0].weight_fake_quant.scale.dtype == torch.float32
     assert task.net[0].weight_fake_quant.log_scale_ratio.dtype == torch.float32
     assert task.net[0].weight.dtype == (torch.bfloat16 if precision == "bf16-true" else torch.float32)
+
+
+def test_learned_scales_may_have_the_learning_rate_of_the_weights():
+    task = TinyTask(lr=3e-3)
+    trainer = fit(task, QATCallback("w4", scale_lr="same"), max_steps=3)
+    weights, scales = trainer.optimizers[0].param_groups
+    assert weights["lr"] == scales["lr"] == 3e-3
+    assert scales["weight_decay"] == 0 < weights["weight_decay"]
+    with pytest.raises(TypeError, match="scale_lr"):
+        QATCallback("w4", scale_lr="sane")

@@ -35,11 +35,22 @@ def test_activation_shorthand_is_dynamic_per_token_and_asymmetric():
     assert QuantScheme.parse("w8a8-actsym").activation.symmetric
 
 
+def test_activation_shorthand_may_be_static():
+    scheme = QuantScheme.parse("w4g128a8-static")
+    assert scheme.has_static_activation
+    assert (scheme.activation.granularity, scheme.activation.symmetric) == ("tensor", False)
+    assert QuantScheme.parse("w8a8-actsym-static").activation.symmetric
+    assert str(QuantScheme.parse("w8a8-actsym-static")) == "w8a8-static-actsym"
+    assert scheme.activation.describe_as_input() == "8 bits per tensor (static), asymmetric"
+    assert not QuantScheme.parse("w4a8").has_static_activation
+    assert QuantScheme.parse("w2a4-static").at(8).activation == QuantScheme(8, symmetric=False, granularity="tensor")
+
+
 @given(
     bits=st.sampled_from([1, 1.58, 2, 3, 4, 5, 6, 7, 8]),
     group=st.none() | st.integers(1, 512),
     activation=st.none() | st.integers(2, 8),
-    flags=st.sets(st.sampled_from(["asym", "bf16", "pad", "nozero", "qmax", "signed_max", "actsym"])),
+    flags=st.sets(st.sampled_from(["asym", "bf16", "pad", "nozero", "qmax", "signed_max", "static", "actsym"])),
 )
 def test_shorthand_and_dict_round_trip(bits, group, activation, flags):
     text = f"w{bits:g}" + (f"g{group}" if group else "") + (f"a{activation}" if activation else "")
@@ -71,6 +82,14 @@ def test_shorthand_and_dict_round_trip(bits, group, activation, flags):
         ({"num_bits": 4, "scale_dtype": "float8"}, "scale_dtype='float8' is not one of"),
         ({"num_bits": 4, "pad_last_group": True}, "needs a group_size"),
         ({"num_bits": 4, "activation": {"num_bits": 8, "granularity": "channel"}}, "granularity='token'"),
+        (
+            {"num_bits": 4, "activation": {"num_bits": 1.58, "granularity": "tensor", "symmetric": True}},
+            "2 bits or more",
+        ),
+        ({"num_bits": 4, "activation": {"num_bits": 1, "symmetric": True}}, "2 bits or more"),
+        ("w4a1-static", "activations have 2 bits or more"),
+        ("w4-static", "write their bits, as in 'w4a8-static'"),
+        ("w4a16-static", "write their bits, as in 'w4a8-static'"),
     ],
 )
 def test_bad_schemes_are_refused_with_the_reason(spec, message):

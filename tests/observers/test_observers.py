@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lightning_qat.core import QuantScheme, fake_quantize, group_view
-from lightning_qat.observers import OBSERVERS, MinMaxObserver, MSEObserver
+from lightning_qat.observers import OBSERVERS, AbsMeanObserver, MinMaxObserver, MSEObserver
 
 SCHEMES = ["w4", "w2", "w3g16", "w3g24-pad", "w4g16-asym", "w4-tensor", "w2g16-nozero", "w1.58", "w4-signed_max"]
 
@@ -23,6 +23,10 @@ def squared_error(weight, scheme, params, importance=None):
 @pytest.mark.parametrize("text", SCHEMES)
 def test_contract(name, text):
     observer, scheme, weight = OBSERVERS[name](), QuantScheme.parse(text), make_weight()
+    if name == "absmean" and not scheme.symmetric:
+        with pytest.raises(ValueError, match="'minmax' or 'mse'"):
+            observer(weight, scheme)
+        return
     params = observer(weight, scheme)
     expected = (1, 1) if scheme.granularity == "tensor" else (5, scheme.num_groups(48))
     assert params.scale.shape == expected
@@ -91,6 +95,25 @@ def test_padding_has_no_say_in_the_search():
     padded = MSEObserver()(weight, scheme).scale[:, 1:]
     alone = MSEObserver()(weight[:, 32:], QuantScheme.parse("w2g8-nozero")).scale
     assert torch.equal(padded, alone)
+
+
+@pytest.mark.parametrize(
+    ("text", "outermost"), [("w4", 7), ("w2", 1), ("w1.58", 1), ("w2-nozero", 1.5), ("w3g24-pad", 3)]
+)
+def test_absmean_is_the_formula_of_lsq(text, outermost):
+    scheme, weight = QuantScheme.parse(text), make_weight()
+    groups = [weight] if scheme.group_size is None else list(weight.split(scheme.group_size, dim=1))
+    expected = torch.stack([2 * group.abs().mean(1) / outermost**0.5 for group in groups], dim=1)
+    assert torch.allclose(AbsMeanObserver()(weight, scheme).scale, expected, rtol=1e-6)
+
+
+def test_absmean_is_the_best_binary_grid():
+    scheme, weight = QuantScheme.parse("w1"), make_weight(rows=3, columns=64)
+    params = AbsMeanObserver()(weight, scheme)
+    found = squared_error(weight, scheme, params).flatten()
+    assert torch.allclose(fake_quantize(weight, params, scheme), weight.sign() * weight.abs().mean(1, keepdim=True))
+    for alpha in torch.linspace(0.01, 3, 500):
+        assert (found <= (weight.sign() * alpha - weight).square().sum(1) + 1e-5).all()
 
 
 @pytest.mark.parametrize("arguments", [{"num_steps": 0}, {"min_ratio": 0.0}, {"min_ratio": 1.3}])

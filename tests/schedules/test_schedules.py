@@ -3,11 +3,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_qat.core import Schedule
-from lightning_qat.schedules import SCHEDULES, Constant, Staircase
+from lightning_qat.schedules import SCHEDULES, Constant, Cosine, Linear, Plateau, Staggered, Staircase
 from lightning_qat.schedules.open_loop import position_to_step
 
 EXAMPLES = {
     "constant": Constant(4),
+    "cosine": Cosine(2),
+    "linear": Linear(3, start_bits=6, end=0.8),
+    "linear from a pass-through, by step": Linear(1, start_bits=16, end=30),
+    "plateau": Plateau([8, 4, 2]),
+    "plateau by step": Plateau([8, 4, 2], end=20),
+    "staggered": Staggered(weights=[4], activations={0.0: 16, 0.3: 4}),
     "staircase": Staircase([8, 4, 3, 2]),
     "staircase by fraction": Staircase({0.0: 8, 0.25: 4, 0.5: 3}),
     "staircase by step": Staircase({0: 16, 3: 8, 10: 1.58}),
@@ -27,9 +33,22 @@ def test_contract(name):
     assert rungs[-1][1] == schedule.final_bits
     assert rungs == sorted(rungs)
     assert [bits for _, bits in rungs] == sorted((bits for _, bits in rungs), reverse=True)
-    schedule.update({"val/loss": 1.0})
+    assert schedule.update({"val/loss": 1.0}, step=5, start=0, total_steps=40) is None
     schedule.load_state_dict(schedule.state_dict())
     assert schedule.rungs(0, 40) == rungs
+    assert not schedule.may_go_back(1, 0, 40)
+    inputs = schedule.activation_rungs(0, 40)
+    assert inputs is None or inputs[-1][1] >= schedule.final_bits
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_endless_run_needs_positions_in_steps(name):
+    schedule = EXAMPLES[name]
+    if schedule.is_fractional:
+        with pytest.raises(ValueError, match=r"no known end|with a known end"):
+            schedule.rungs(0, None), schedule.activation_rungs(0, None)
+    else:
+        assert schedule.rungs(0, None) == schedule.rungs(0, 40)
 
 
 widths = st.lists(st.sampled_from([16, 8, 6, 5, 4, 3, 2, 1.58, 1]), min_size=1, unique=True).map(

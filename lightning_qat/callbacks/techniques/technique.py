@@ -17,15 +17,18 @@ class Technique(pl.Callback):
     hooks below, after its own work in each, in the order of its techniques, and keeps ``state_dict()`` in the
     checkpoint. To add one, write one file in this folder and one line in its registry.
 
-    Passed on: ``on_train_start``, ``on_train_batch_start``, ``on_before_optimizer_step``, ``on_train_batch_end``,
-    ``on_train_epoch_end``, ``on_validation_start``, ``on_validation_end``, ``on_train_end``, ``teardown`` and
-    ``on_exception`` (as ``teardown``), with Lightning's own arguments; and those that are new here.
+    Passed on: ``on_train_start``, ``on_train_batch_start``, ``on_after_backward``, ``on_before_optimizer_step``,
+    ``on_train_batch_end``, ``on_train_epoch_end``, ``on_validation_start``, ``on_validation_batch_start``,
+    ``on_validation_end``, ``on_train_end``, ``teardown`` and ``on_exception`` (as ``teardown``), with Lightning's own
+    arguments; and those that are new here.
 
     Attributes:
         name: The key of its state in a checkpoint and of its line in the summary.
+        shorthand: Name of the argument that a bare value stands for, as in ``init="gptq"``, or None.
     """
 
     name: ClassVar[str]
+    shorthand: ClassVar[str | None] = None
 
     def on_model_built(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called in a fit when the quantizers are in, before a checkpoint is restored and optimizers are made."""
@@ -43,6 +46,14 @@ class Technique(pl.Callback):
         The quantizers have observed new grids already. It is not called for the rung on which a resumed run goes on.
         """
 
+    def on_rung_restored(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Called in place of ``on_new_rung`` if the schedule went back to the rung before.
+
+        Weights, buffers, quantizers and the state of optimizers are again as they were when that rung ended. By default
+        it is taken for a new rung.
+        """
+        self.on_new_rung(trainer, pl_module)
+
     def describe(self) -> str:
         """Return the text of its line in the summary, once ``on_fit_checked`` was called."""
         return type(self).__name__
@@ -51,18 +62,21 @@ class Technique(pl.Callback):
         """Return what is to be logged now, by name without prefix; called where ``QATCallback`` logs."""
         return {}
 
+    def layer_figures(self) -> Mapping[str, Mapping[str, float]]:
+        """Return shares of the weights for the table of layers, by layer and name."""
+        return {}
+
 
 TechniqueT = TypeVar("TechniqueT", bound=Technique)
 
 
-def read_technique(spec: Any, cls: type[TechniqueT], argument: str | None = None) -> TechniqueT | None:
+def read_technique(spec: Any, cls: type[TechniqueT]) -> TechniqueT | None:
     """Return the technique that the value of an argument stands for.
 
     Args:
-        spec: The technique, a mapping with its arguments, True for its defaults, None or False for none; or, for one
-            whose first argument is named, the value of that.
+        spec: The technique, a mapping with its arguments, True for its defaults, None or False for none; or the value
+            of its ``shorthand``.
         cls: Its class.
-        argument: Name of the first argument, if a bare value stands for it.
 
     Raises:
         TypeError: If it is none of these, or an argument does not exist.
@@ -75,8 +89,8 @@ def read_technique(spec: Any, cls: type[TechniqueT], argument: str | None = None
         arguments = dict(spec)
     elif spec is True:
         arguments = {}
-    elif argument is not None:
-        arguments = {argument: spec}
+    elif cls.shorthand is not None:
+        arguments = {cls.shorthand: spec}
     else:
         raise TypeError(f"{cls.name}={spec!r} must be True, a mapping of arguments, or a {cls.__name__}.")
     try:

@@ -1,0 +1,93 @@
+"""LSQ's learned scales against the paper's formulas in float64."""
+
+import pytest
+import torch
+
+from lightning_qat.core import QuantScheme, group_view
+from lightning_qat.estimators import ClippedSTE
+from lightning_qat.estimators.lsq import log_scale, lsq_factor, scale_gradient
+from lightning_qat.nn import FakeQuantizeConfig, WeightFakeQuantize
+from lightning_qat.observers import MinMaxObserver, MSEObserver
+
+SCHEMES = ["w4", "w3g16", "w2", "w2g16-nozero", "w1.58", "w1", "w4-tensor", "w8"]
+
+
+def quantizer_for(text, weight, observer=None):
+    config = FakeQuantizeConfig(QuantScheme.parse(text), observer or MSEObserver(), ClippedSTE(margin=0.0), True)
+    quantizer = WeightFakeQuantize(config, *weight.shape)
+    quantizer.observe(weight)
+    return quantizer
+
+
+def lsq_gradient(weight, upstream, scale, scheme, num_values):
+    """``dL/ds`` by equation 3 of arXiv:1902.08153, times ``1 / sqrt(N * Qp)``, in float64."""
+    levels = scheme.levels()
+    x = group_view(weight.double(), scheme) / scale.double().unsqueeze(-1)
+    steps = (x - levels.zero_offset).round().clamp(levels.qmin, levels.qmax) + levels.zero_offset
+    inside = (x - levels.zero_offset > levels.qmin) & (x - levels.zero_offset < levels.qmax)
+    gradient = (torch.where(inside, steps - x, steps) * group_view(upstream.double(), scheme)).sum(-1)
+    return gradient / (num_values * max(levels.qmax, 1)) ** 0.5
+
+
+@pytest.mark.parametrize("text", SCHEMES)
+def test_one_step_of_sgd_changes_the_scale_as_lsq_does(text):
+    weight, upstream = torch.randn(6, 48) * 0.1, torch.randn(6, 48)
+    quantizer = quantizer_for(text, weight)
+    scheme = quantizer.scheme
+    before = quantizer.qparams(weight).scale.detach()
+    position = group_view(weight, scheme) / before.unsqueeze(-1) - scheme.levels().zero_offset
+    is_tie = ((position % 1 - 0.5).abs() < 1e-3).reshape(weight.shape)  # float32 and float64 may round it differently
+    upstream = upstream.masked_fill(is_tie, 0.0)
+    num_values = weight.numel() // before.numel()
+    quantizer(weight).backward(upstream)
+    gradient = quantizer.log_scale_ratio.grad.view_as(before)
+    expected = lsq_gradient(weight, upstream, before, scheme, num_values)
+    # What summing qmax * N in float32 can lose: steps and positions are summed separately, and nearly cancel.
+    rounding = 1.2e-7 * 2 * max(scheme.levels().qmax, 1) * num_values * upstream.abs().max().double()
+    rounding *= lsq_factor(num_values, scheme.levels().qmax).double()
+    assert torch.allclose(gradient.double() * before, expected, rtol=1e-4, atol=float(rounding))
+    lr = 1e-3 / gradient.abs().max().item()  # the largest scale changes by a thousandth
+    torch.optim.SGD([quantizer.log_scale_ratio], lr).step()
+    change = quantizer.qparams(weight).scale.detach().double() - before.double()
+    assert torch.allclose(change, -lr * expected, rtol=1e-2, atol=2e-6 * float(before.max()) + lr * float(rounding))
+
+
+def test_the_factor_is_the_papers():
+    assert lsq_factor(64, 7).item() == pytest.approx(1 / (64 * 7) ** 0.5)
+    assert lsq_factor(64, torch.tensor(0.0)).item() == pytest.approx(1 / 8)
+
+
+def test_a_scaled_gradient_leaves_the_value_alone():
+    x = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    factor = torch.rand(5, dtype=torch.float64)
+    y = scale_gradient(x, factor)
+    assert torch.equal(y, x)
+    (y**2).sum().backward()
+    assert torch.equal(x.grad, 2 * x.detach() * factor)
+
+
+@pytest.mark.parametrize("step", [-50.0, 50.0])
+def test_scales_stay_positive_and_finite_whatever_the_optimizer_does(step):
+    ratio = torch.full((3,), step)
+    scale = log_scale(torch.tensor([1e-3, 1.0, 10.0]), ratio, torch.tensor(1.0))
+    assert (scale > 0).all()
+    assert torch.isfinite(scale).all()
+
+
+def test_what_was_learned_is_forgotten_on_a_new_grid():
+    weight = torch.randn(4, 32)
+    quantizer = quantizer_for("w2", weight, MinMaxObserver())
+    with torch.no_grad():
+        quantizer.log_scale_ratio.add_(0.5)
+    quantizer.set_num_bits(4)
+    expected = MinMaxObserver()(weight, QuantScheme.parse("w4")).scale
+    assert torch.equal(quantizer.qparams(weight).scale, expected)
+
+
+def test_a_group_of_zeros_has_a_finite_gradient():
+    weight = torch.randn(4, 32)
+    weight[1] = 0
+    quantizer = quantizer_for("w4", weight)
+    quantizer(weight).square().sum().backward()
+    assert torch.isfinite(quantizer.log_scale_ratio.grad).all()
+    assert quantizer.log_scale_ratio.grad[1] == 0
