@@ -92,8 +92,9 @@ class QATCallback(pl.Callback):
             arguments of :class:`~lightning_qat.callbacks.scale_drift.DriftBound`
             (``{"drift_below": 1e-3, "every_n_steps": 50, "not_before": 0.5}``). Default: never.
         scale_lr: If given, scales are learned (LSQ), in a parameter group of their own without weight decay: with this
-            learning rate, which is relative to the size of a scale, or with that of the weights if ``"same"``. Default:
-            scales are observed.
+            learning rate, which is relative to the size of a scale, or with that of the weights if ``"same"``. LSQ's
+            gradients grow with the number of levels: under SGD, 8 bits need a much smaller rate than the weights.
+            Default: scales are observed.
         target_module: Name of the submodule outside which nothing is quantized.
         mapping: Further layer classes, each with the :class:`~lightning_qat.nn.QATLayer` it turns into:
             ``class QATMyLinear(QATLinear, MyLinear): float_class = MyLinear`` and

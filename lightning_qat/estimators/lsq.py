@@ -57,14 +57,17 @@ def lsq_factor(num_values: int, qmax: Tensor | float) -> Tensor:
 def log_scale(scale: Tensor, log_ratio: Tensor, gradient_factor: Tensor) -> Tensor:
     """Return ``scale * exp(log_ratio)``: a learned scale that is positive by construction.
 
-    The parameter is the logarithm of the ratio to the observed scale ``s0``. Its gradient is ``g * dL/ds / s0``, so
-    that one step of SGD with learning rate ``lr`` changes the scale by ``-lr * g * dL/ds`` to first order, as in LSQ,
-    where the scale is the parameter itself. Optimizers that normalize gradients (Adam) do not see the factor.
+    The parameter is the logarithm of the ratio to the observed scale ``s0``. Its gradient is ``g * dL/ds / s``, so that
+    one step of SGD with learning rate ``lr`` changes the scale by ``-lr * g * dL/ds`` to first order, as in LSQ, where
+    the scale is the parameter itself. Below ``s0`` it is ``g * dL/ds * s / s0**2``: steps get smaller, and throw no
+    scale that has become small far beyond where it was. Optimizers that normalize gradients (Adam) do not see the
+    factor.
 
     Args:
         scale: Observed scales ``s0``, any shape.
         log_ratio: The parameter, same shape.
         gradient_factor: LSQ's ``g``; see :func:`lsq_factor`.
     """
-    learned = scale * torch.exp(scale_gradient(log_ratio, gradient_factor / scale.square().clamp(min=_SMALLEST**2)))
+    largest = (scale * torch.exp(log_ratio.detach().clamp(min=0))).square().clamp(min=_SMALLEST**2)
+    learned = scale * torch.exp(scale_gradient(log_ratio, gradient_factor / largest))
     return torch.where(scale.abs() > _SMALLEST, learned, scale)  # of a group of zeros the gradient is not finite

@@ -91,3 +91,13 @@ def test_a_group_of_zeros_has_a_finite_gradient():
     quantizer(weight).square().sum().backward()
     assert torch.isfinite(quantizer.log_scale_ratio.grad).all()
     assert quantizer.log_scale_ratio.grad[1] == 0
+
+
+@pytest.mark.parametrize(("ratio", "expected"), [(0.0, 1.0), (1.5, 1.0), (-1.5, 2.718281828 ** (-3.0))])
+def test_far_from_where_it_began_a_step_is_that_of_lsq_or_smaller(ratio, expected):
+    """A step of SGD changes ``s`` by ``-lr * g * dL/ds``; below the observed scale by ``(s / s0)**2`` of that."""
+    log_ratio = torch.full((1,), ratio, requires_grad=True)
+    scale = log_scale(torch.tensor([0.25]), log_ratio, torch.tensor(0.1))
+    (3.0 * scale).sum().backward()
+    change = scale.item() * log_ratio.grad.item()  # ds = s * d(log s)
+    assert change == pytest.approx(0.1 * 3.0 * expected, rel=1e-5)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -20,7 +21,7 @@ from lightning_qat.callbacks.timeline import Timeline
 from lightning_qat.core import PTQMethod, QuantizedWeight
 from lightning_qat.core.checks import check_positive
 from lightning_qat.core.registry import build
-from lightning_qat.nn import restore_float, weight_fake_quants
+from lightning_qat.nn import Plan, restore_float, weight_fake_quants
 from lightning_qat.nn.forward import evaluation_mode
 from lightning_qat.nn.plan import plan_as_prepared
 from lightning_qat.nn.sweep import sweep
@@ -100,6 +101,8 @@ class Initialization(Technique):
         twin = _snapshot(pl_module).copy()
         num_bits = min(layer.weight_fake_quant.num_bits for _, layer in weight_fake_quants(pl_module))
         plan = plan_as_prepared(twin, num_bits)
+        # Inputs pass in float: what is asked for are grids of weights.
+        plan = Plan(tuple(replace(each, scheme=replace(each.scheme, activation=None)) for each in plan.layers), {})
         restore_float(twin)
         with evaluation_mode(twin):
             results = sweep(
