@@ -34,7 +34,7 @@ from lightning_qat.callbacks.publish import publish
 from lightning_qat.callbacks.resolution import make_timeline, read_freeze_at, resolve
 from lightning_qat.callbacks.scale_drift import DriftBound, ScaleDrift
 from lightning_qat.callbacks.summary import print_summary
-from lightning_qat.callbacks.techniques import TECHNIQUES, Technique, make_inputs, read_technique
+from lightning_qat.callbacks.techniques import Technique, TechniqueHost, make_inputs, read_techniques
 from lightning_qat.callbacks.timeline import Timeline, check_position
 from lightning_qat.core import ActivationObserver, GradientEstimator, Observer, PTQMethod
 from lightning_qat.core.checks import check_positive
@@ -58,7 +58,7 @@ from lightning_qat.schedules import ScheduleLike
 _HOOKS_THAT_BUILD = ("setup", "configure_model")
 
 
-class QATCallback(pl.Callback):
+class QATCallback(TechniqueHost):
     """Fine-tune with fake-quantized weights, and inputs if the scheme says so.
 
     The layers are swapped in place during ``setup``, so that optimizers, checkpoints and every later stage
@@ -192,7 +192,7 @@ class QATCallback(pl.Callback):
             "batch_norm": batch_norm,
             "distillation": distillation,
         }
-        self.techniques = self._read_techniques(named, techniques)
+        super().__init__(read_techniques(named, techniques))
         self.plan: Plan | None = None
         self.timeline: Timeline | None = None
         self._closed_loop = ClosedLoop(self.schedule)
@@ -201,17 +201,6 @@ class QATCallback(pl.Callback):
         self._bypass = BypassCheck()
         self._last_step: int | None = None
         self._is_restored = False
-
-    @staticmethod
-    def _read_techniques(named: Mapping[str, Any], further: Sequence[Technique]) -> list[Technique]:
-        read = [read_technique(spec, TECHNIQUES[name]) for name, spec in named.items()]
-        found = [technique for technique in (*read, *further) if technique is not None]
-        if not all(isinstance(technique, Technique) for technique in found):
-            raise TypeError(f"techniques={further!r} must be instances of subclasses of Technique.")
-        names = [technique.name for technique in found]
-        if len(set(names)) < len(names):
-            raise ValueError(f"The techniques {names} do not all have different names.")
-        return found
 
     def prepare(self, module: nn.Module) -> Plan:
         """Put the quantizers into ``module`` in place, as in a fit; for use without a Trainer.
@@ -269,8 +258,7 @@ class QATCallback(pl.Callback):
         with contextlib.nullcontext() if is_last else contextlib.suppress(QATConfigurationError):
             self.plan = self.prepare(pl_module)
         if is_last and trainer.state.fn == TrainerFn.FITTING:
-            for technique in self.techniques:
-                technique.on_model_built(trainer, pl_module)
+            self._pass_on("on_model_built", trainer, pl_module)
 
     @property
     def _own_scale_lr(self) -> float | None:
@@ -297,8 +285,7 @@ class QATCallback(pl.Callback):
         if not self._is_restored:
             self._health = HealthMonitor()
             go_to_rung(pl_module, self.timeline, trainer.global_step, trainer.optimizers)
-        for technique in self.techniques:
-            technique.on_fit_checked(trainer, pl_module, self.timeline)
+        self._pass_on("on_fit_checked", trainer, pl_module, self.timeline)
         self._print_summary(pl_module)
 
     def _check_scales(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -326,10 +313,6 @@ class QATCallback(pl.Callback):
         if self._is_restored:
             self._drift.start(self.timeline, is_continued=True)
         self._pass_on("on_train_start", trainer, pl_module)
-
-    def _pass_on(self, hook: str, *arguments: Any) -> None:
-        for technique in self.techniques:
-            getattr(technique, hook)(*arguments)
 
     # ----------------------------------------------------------------------------------------- during the fit
 
@@ -362,11 +345,6 @@ class QATCallback(pl.Callback):
             self._pass_on("on_rung_restored" if went_back else "on_new_rung", trainer, pl_module)
 
     @override
-    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Pass the hook on."""
-        self._pass_on("on_after_backward", trainer, pl_module)
-
-    @override
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer
     ) -> None:
@@ -396,8 +374,7 @@ class QATCallback(pl.Callback):
         figures["qat/num_bits"] = mean_bits(pl_module)
         if self.timeline is not None and self._last_step is not None:
             figures.update({f"qat/{name}": value for name, value in self.timeline.figures(self._last_step).items()})
-        for technique in self.techniques:
-            figures.update({f"qat/{name}": value for name, value in technique.figures().items()})
+        figures.update({f"qat/{name}": value for name, value in self._figures().items()})
         publish(trainer, figures, step - 1)  # as Lightning counts what it logs in a training step
 
     def _measures_health_at(self, trainer: pl.Trainer, step: int) -> bool:
@@ -406,28 +383,7 @@ class QATCallback(pl.Callback):
 
     def layer_table(self, module: nn.Module) -> None:
         """Print one table of the quantized layers of ``module``, at any time: errors, levels, scales, oscillation."""
-        shares: dict[str, dict[str, float]] = {}
-        for technique in self.techniques:
-            for name, figures in technique.layer_figures().items():
-                shares.setdefault(name, {}).update(figures)
-        print_layer_table(module, shares)
-
-    @override
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Pass the hook on."""
-        self._pass_on("on_train_epoch_end", trainer, pl_module)
-
-    @override
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Pass the hook on."""
-        self._pass_on("on_validation_start", trainer, pl_module)
-
-    @override
-    def on_validation_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Pass the hook on."""
-        self._pass_on("on_validation_batch_start", trainer, pl_module, batch, batch_idx, dataloader_idx)
+        print_layer_table(module, self._layer_figures())
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -435,16 +391,6 @@ class QATCallback(pl.Callback):
         self._pass_on("on_validation_end", trainer, pl_module)
         if self.timeline is not None:
             self._closed_loop.after_validation(trainer, self.timeline, self._last_step)
-
-    @override
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Pass the hook on."""
-        self._pass_on("on_test_start", trainer, pl_module)
-
-    @override
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Pass the hook on."""
-        self._pass_on("on_predict_start", trainer, pl_module)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -487,7 +433,7 @@ class QATCallback(pl.Callback):
                 "closed_loop": self._closed_loop.state_dict(),
                 "drift": self._drift.state_dict(),
                 "health": self._health.state_dict(),
-                "techniques": {technique.name: technique.state_dict() for technique in self.techniques},
+                "techniques": self._state_of_techniques(),
             }
             store_quantizers(checkpoint, pl_module, progress, trainer.strategy.restore_checkpoint_after_setup)
 
@@ -504,8 +450,7 @@ class QATCallback(pl.Callback):
                 self._closed_loop.load_state_dict(state.get("closed_loop", {}))
             self._drift.load_state_dict(state.get("drift", {}))
             self._health.load_state_dict(state["health"])
-            for technique in self.techniques:
-                technique.load_state_dict(state.get("techniques", {}).get(technique.name, {}))
+            self._load_techniques(state.get("techniques", {}))
             self._is_restored = True
         elif self.scale_lr is not None and trainer.training:
             raise QATConfigurationError(

@@ -1,7 +1,11 @@
 """Techniques of training, each switched on by an argument of QATCallback. Add one: a file here and a line below."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from lightning_qat.callbacks.techniques.batch_norm import BatchNorm
 from lightning_qat.callbacks.techniques.distillation import Distillation
+from lightning_qat.callbacks.techniques.host import TechniqueHost
 from lightning_qat.callbacks.techniques.initialization import Initialization
 from lightning_qat.callbacks.techniques.inputs import Inputs, make_inputs
 from lightning_qat.callbacks.techniques.oscillation import Oscillation
@@ -15,6 +19,28 @@ TECHNIQUES: dict[str, type[Technique]] = {
     "distillation": Distillation,
 }
 
+
+def read_techniques(named: Mapping[str, Any], further: Sequence[Technique]) -> list[Technique]:
+    """Return the techniques that arguments stand for, and further ones.
+
+    Args:
+        named: Values of arguments by the name of their technique; see :func:`read_technique`.
+        further: Techniques of the user's own.
+
+    Raises:
+        TypeError: If one is no technique.
+        ValueError: If two have the same name.
+    """
+    read = [read_technique(spec, TECHNIQUES[name]) for name, spec in named.items()]
+    found = [technique for technique in (*read, *further) if technique is not None]
+    if not all(isinstance(technique, Technique) for technique in found):
+        raise TypeError(f"techniques={further!r} must be instances of subclasses of Technique.")
+    names = [technique.name for technique in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"The techniques {names} do not all have different names.")
+    return found
+
+
 __all__ = [
     "TECHNIQUES",
     "BatchNorm",
@@ -23,6 +49,8 @@ __all__ = [
     "Inputs",
     "Oscillation",
     "Technique",
+    "TechniqueHost",
     "make_inputs",
     "read_technique",
+    "read_techniques",
 ]
