@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
@@ -39,15 +39,38 @@ def try_calibration(trainer: pl.Trainer, snapshot: Snapshot, batch: Any, who: st
         QATConfigurationError: If that fails.
     """
     twin = snapshot.copy_float()
+    try_step(trainer, twin, [batch], f"{who} cannot calibrate {type(twin).__name__}", "calibration batch")
+
+
+def try_step(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    batches: Sequence[Any],
+    what_fails: str,
+    kind: str,
+    remedy: str = "",
+) -> None:
+    """Run the module in evaluation mode on the first batch as :func:`make_step` does.
+
+    Args:
+        trainer: The Trainer.
+        module: The module, or a copy of it.
+        batches: The batches.
+        what_fails: What cannot be done then, for the message.
+        kind: What the batch is called in it.
+        remedy: Another remedy than a ``calibration_step``.
+
+    Raises:
+        QATConfigurationError: If that fails.
+    """
     try:
-        with evaluation_mode(twin):
-            make_runner(twin, [batch], make_step(trainer, twin))(0)
+        with evaluation_mode(module):
+            make_runner(module, batches[:1], make_step(trainer, module))(0)
     except Exception as error:
-        what = "calibration_step(batch)" if hasattr(twin, "calibration_step") else "forward"
+        step = "calibration_step(batch)" if hasattr(module, "calibration_step") else "forward"
         raise QATConfigurationError(
-            f"{who} cannot calibrate {type(twin).__name__}: {what} fails on a calibration batch with "
-            f"{type(error).__name__}: {error}. Give the module a method calibration_step(self, batch) that runs it on "
-            "a batch of training."
+            f"{what_fails}: {step} fails on a {kind} with {type(error).__name__}: {error}. Give the module "
+            f"a method calibration_step(self, batch) that runs it on a batch of training{remedy}."
         ) from error
 
 

@@ -19,24 +19,6 @@ from lightning_qat.nn.fingerprint import fingerprint
 
 
 @contextmanager
-def evaluating(root: nn.Module) -> Iterator[None]:
-    """Let ``root`` compute as in evaluation: nothing is drawn, no statistics move, and all tokens are returned."""
-    modes = [(module, module.training) for module in root.modules()]
-    nested = [module for module in root.modules() if getattr(module, "use_nested_tensor", False)]
-    try:
-        for module, _ in modes:
-            module.training = False
-        for module in nested:
-            module.use_nested_tensor = False  # type: ignore[assignment]
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-        for module in nested:
-            module.use_nested_tensor = True  # type: ignore[assignment]
-
-
-@contextmanager
 def quantizers_passing(root: nn.Module) -> Iterator[None]:
     """Let every quantizer in ``root`` return what it is given, and neither observe nor count anything."""
     with ExitStack() as stack:

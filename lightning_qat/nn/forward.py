@@ -14,25 +14,36 @@ from torch.utils._pytree import tree_leaves
 
 
 @contextmanager
-def evaluation_mode(root: nn.Module) -> Iterator[None]:
-    """Put ``root`` into evaluation mode, and afterwards each of its modules back into its own.
-
-    Buffers, which a forward pass may change, get back what they were. Encoders pass no nested tensors meanwhile:
-    their tokens could not be told apart.
-    """
+def evaluating(root: nn.Module) -> Iterator[None]:
+    """Let ``root`` compute as in evaluation: nothing is drawn, no statistics move, and all tokens are returned."""
     modes = [(module, module.training) for module in root.modules()]
-    buffers = [(buffer, buffer.clone()) for buffer in root.buffers()]
     nested = [module for module in root.modules() if getattr(module, "use_nested_tensor", False)]
-    for module in nested:
-        module.use_nested_tensor = False  # type: ignore[assignment]
-    root.eval()
     try:
+        for module, _ in modes:
+            module.training = False
+        for module in nested:
+            module.use_nested_tensor = False  # type: ignore[assignment]
         yield
     finally:
         for module, training in modes:
             module.training = training
         for module in nested:
             module.use_nested_tensor = True  # type: ignore[assignment]
+
+
+@contextmanager
+def evaluation_mode(root: nn.Module) -> Iterator[None]:
+    """Put ``root`` into evaluation mode, and afterwards each of its modules back into its own.
+
+    Buffers, which a forward pass may change, get back what they were. Encoders pass no nested tensors meanwhile:
+    their tokens could not be told apart.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in root.buffers()]
+    try:
+        with evaluating(root):
+            root.eval()  # modules may have an own way to evaluation mode
+            yield
+    finally:
         with torch.no_grad():
             for buffer, value in buffers:
                 buffer.copy_(value)

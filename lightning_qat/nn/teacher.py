@@ -14,12 +14,12 @@ from lightning_qat.nn.distillation import DistillationError
 from lightning_qat.nn.float_model import (
     cast_like,
     digest,
-    evaluating,
     float_copy,
     keeps_float_weights,
     quantizers_passing,
     weights_of,
 )
+from lightning_qat.nn.forward import evaluating
 
 Taught = tuple[Any, dict[str, list[Any]]]
 """The teacher's output, and what its layers gave in each of their calls, by name."""

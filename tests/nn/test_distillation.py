@@ -15,12 +15,12 @@ from lightning_qat.nn.distiller import Distiller, default_student
 from lightning_qat.nn.float_model import (
     copy_weights,
     digest,
-    evaluating,
     float_copy,
     keeps_float_weights,
     quantizers_passing,
     weights_of,
 )
+from lightning_qat.nn.forward import evaluating
 from lightning_qat.nn.teacher import CopyTeacher, FunctionTeacher, ModuleTeacher, OwnWeights
 
 

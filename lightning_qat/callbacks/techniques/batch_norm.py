@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
-from lightning_qat.callbacks.calibration import make_step
+from lightning_qat.callbacks.calibration import make_step, try_step
 from lightning_qat.callbacks.capture import BatchCapture
 from lightning_qat.callbacks.errors import QATConfigurationError
 from lightning_qat.callbacks.evaluation import is_last_validation
@@ -31,7 +31,6 @@ from lightning_qat.core.checks import check_positive
 from lightning_qat.nn import static_inputs
 from lightning_qat.nn.batch_norm import batch_norms, reestimate
 from lightning_qat.nn.calibrate import GIB, make_runner
-from lightning_qat.nn.forward import evaluation_mode
 
 _AVERAGING = getattr(pl_callbacks, "WeightAveraging", ())
 
@@ -189,17 +188,9 @@ class BatchNorm(Technique):
             return
         if not self._in_training and not self._is_frozen:
             rank_zero_warn("batch_norm has no effect: no batch normalization of the model is in training mode.")
-        batches = self._batches
-        try:
-            with _aside(pl_module), evaluation_mode(pl_module):
-                make_runner(pl_module, batches[:1], make_step(trainer, pl_module))(0)
-        except Exception as error:
-            what = "calibration_step(batch)" if hasattr(pl_module, "calibration_step") else "forward"
-            raise QATConfigurationError(
-                f"batch_norm cannot compute statistics of {type(pl_module).__name__}: {what} fails on a batch with "
-                f"{type(error).__name__}: {error}. Give the module a method calibration_step(self, batch) that runs it "
-                "on a batch of training, or set reestimate=None."
-            ) from error
+        what_fails = f"batch_norm cannot compute statistics of {type(pl_module).__name__}"
+        with _aside(pl_module):
+            try_step(trainer, pl_module, self._batches, what_fails, "batch", ", or set reestimate=None")
 
     @override
     def on_validation_batch_start(
