@@ -11,15 +11,11 @@ from lightning.pytorch import callbacks as pl_callbacks
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_qat.callbacks.averaging import WEIGHT_AVERAGING
 from lightning_qat.callbacks.errors import QATConfigurationError
 from lightning_qat.callbacks.ptq_report import has_one_width
 
-# WeightAveraging came with Lightning 2.6.
-_AVERAGING = tuple(
-    getattr(pl_callbacks, name)
-    for name in ("WeightAveraging", "EMAWeightAveraging", "StochasticWeightAveraging")
-    if hasattr(pl_callbacks, name)
-)
+_AVERAGING = (*WEIGHT_AVERAGING, pl_callbacks.StochasticWeightAveraging)
 
 
 def check_callbacks(callbacks: Sequence[pl.Callback], qat: pl.Callback) -> None:

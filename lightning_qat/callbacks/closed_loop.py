@@ -29,6 +29,7 @@ class ClosedLoop:
         self._initial = schedule.state_dict()
         self._memory = RungMemory()
         self._num_bits: float | None = None
+        self._step: int | None = None
         self._has_seen_metric = False
 
     def start(self, trainer: pl.Trainer, is_continued: bool) -> None:
@@ -55,10 +56,12 @@ class ClosedLoop:
         """Keep or bring back the end of a rung, before the quantizers go to the next; return whether it came back."""
         if timeline.monitor is None:
             return False
-        step, before = trainer.global_step, self._num_bits
+        step, last_step, before = trainer.global_step, self._step, self._num_bits
         may_go_back = self.schedule.may_go_back(step, timeline.start, timeline.total_steps)
-        self._num_bits = timeline.num_bits(step)
-        is_back = before is not None and self._num_bits > before
+        self._step, self._num_bits = step, timeline.num_bits(step)
+        # A plan that was made anew, for a longer run, has a wider rung in the past, too: nothing was tried and left.
+        was_there = last_step is not None and timeline.num_bits(last_step) == before
+        is_back = was_there and before is not None and self._num_bits > before
         if is_back:
             self._memory.bring_back(root, trainer.optimizers)
         elif before is not None and self._num_bits < before and may_go_back:
@@ -119,6 +122,7 @@ class ClosedLoop:
         return {
             "schedule": self.schedule.state_dict(),
             "num_bits": self._num_bits,
+            "step": self._step,
             "memory": self._memory.state_dict(),
             "has_seen_metric": self._has_seen_metric,
         }
@@ -126,6 +130,6 @@ class ClosedLoop:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self.schedule.load_state_dict(state.get("schedule", {}))
-        self._num_bits = state.get("num_bits")
+        self._num_bits, self._step = state.get("num_bits"), state.get("step")
         self._memory.load_state_dict(state.get("memory", {}))
         self._has_seen_metric = state.get("has_seen_metric", False)

@@ -11,7 +11,7 @@ from lightning_qat.callbacks.timeline import Timeline
 from lightning_qat.nn import WeightFakeQuantize, quantized_layers, set_num_bits, static_inputs, weight_fake_quants
 
 
-def advance(root: nn.Module, timeline: Timeline, step: int, optimizers: Sequence[Any]) -> None:
+def advance(root: nn.Module, timeline: Timeline, step: int) -> None:
     """Bring all quantizers to where ``timeline`` is at optimizer step ``step``."""
     is_frozen, steps_on_rung = timeline.is_frozen(step), step - timeline.rung_start(step)
     set_num_bits(root, *timeline.widths(step))
@@ -20,34 +20,30 @@ def advance(root: nn.Module, timeline: Timeline, step: int, optimizers: Sequence
         quantizer.set_blend(timeline.blend(step))
         if not is_frozen:
             quantizer.unfreeze()
-        _find_new_grid(quantizer, weight, optimizers)
+        _find_new_grid(quantizer, weight)
         if is_frozen:
             quantizer.freeze(weight)
         elif _is_due(quantizer, steps_on_rung):
             quantizer.observe(weight)
-    _forget_old_input_grids(root, optimizers)
 
 
-def go_to_rung(root: nn.Module, timeline: Timeline, step: int, optimizers: Sequence[Any]) -> None:
+def go_to_rung(root: nn.Module, timeline: Timeline, step: int) -> None:
     """Set the widths; scales that do not follow the weight are found anew where the grid has changed."""
     set_num_bits(root, *timeline.widths(step))
     for _, layer in weight_fake_quants(root):
         layer.weight_fake_quant.set_blend(timeline.blend(step))
-        _find_new_grid(layer.weight_fake_quant, layer.to_matrix(layer.weight), optimizers)
-    _forget_old_input_grids(root, optimizers)
+        _find_new_grid(layer.weight_fake_quant, layer.to_matrix(layer.weight))
 
 
-def _find_new_grid(quantizer: WeightFakeQuantize, weight: Tensor, optimizers: Sequence[Any]) -> None:
-    """Observe ``weight`` if the grid is stale; what ``optimizers`` remember of its scales belonged to the old one."""
+def _find_new_grid(quantizer: WeightFakeQuantize, weight: Tensor) -> None:
     if quantizer.is_stale and not quantizer.follows_weight:
         quantizer.observe(weight)
-        for optimizer in optimizers:
-            optimizer.state.pop(quantizer.log_scale_ratio, None)
 
 
-def _forget_old_input_grids(root: nn.Module, optimizers: Sequence[Any]) -> None:
-    """Let ``optimizers`` forget what they remember of static inputs' grids that were found anew since."""
-    for quantizer in static_inputs(root).values():
+def forget_old_grids(root: nn.Module, optimizers: Sequence[Any]) -> None:
+    """Let ``optimizers`` forget what they remember of learned grids that were found anew since the last time."""
+    of_weights = [layer.weight_fake_quant for _, layer in weight_fake_quants(root)]
+    for quantizer in [*of_weights, *static_inputs(root).values()]:
         if quantizer.has_new_grid:
             quantizer.has_new_grid = False
             for optimizer in optimizers:

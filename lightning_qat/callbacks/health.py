@@ -43,7 +43,7 @@ class HealthMonitor:
         self.most = most
         self._last_scales: dict[str, Tensor] = {}
         self._last_bits: dict[str, float] = {}
-        self._ratio: Tensor | None = None
+        self._ratios: Tensor | None = None
 
     @torch.no_grad()
     def measure(self, root: nn.Module) -> dict[str, float]:
@@ -55,9 +55,9 @@ class HealthMonitor:
         figures = self._figures_of_weights(layers, grids)
         if (drift := self._drift(layers, grids)) is not None:
             figures["scale_drift"] = drift
-        if self._ratio is not None and math.isfinite(ratio := self._ratio.item()):
+        if self._ratios is not None and math.isfinite(ratio := _geometric_mean(self._ratios)):
             figures["gradient_to_scale_ratio"] = ratio
-        self._ratio = None
+        self._ratios = None
         return figures
 
     @torch.no_grad()
@@ -66,16 +66,19 @@ class HealthMonitor:
         ratios = [gradient_to_scale_ratio(layer) for _, layer in weight_fake_quants(root)]
         known = [ratio for ratio in ratios if ratio is not None]
         if known:
-            self._ratio = torch.stack(known).double().log().nan_to_num(math.nan, math.nan, math.nan).nanmean().exp()
+            self._ratios = torch.stack(known)
 
     def _figures_of_weights(self, layers: Mapping[str, QATLayer], grids: Mapping[str, QuantParams]) -> dict[str, float]:
         found = []
         for name, layer in layers.items():
             rows, params = sample_rows(layer.to_matrix(layer.weight), grids[name], self.most)
             found.append(weight_sums(rows, params, layer.weight_fake_quant.rung_scheme))
-        table = torch.stack([each.sums for each in found]).tolist()  # the one time that an accelerator is waited for
-        signal, noise, clipped = (sum(row[column] for row in table) for column in range(3))
-        dead = [each.dead_levels(row[3]) for row, each in zip(table, found, strict=True)]
+        # Here an accelerator is waited for, and only here: the figures of all layers come at once.
+        powers = torch.stack([each.powers for each in found]).tolist()
+        counts = torch.stack([each.counts for each in found]).tolist()
+        signal, noise = (sum(row[column] for row in powers) for column in range(2))
+        clipped = sum(count for count, _ in counts)
+        dead = [each.dead_levels(used) for (_, used), each in zip(counts, found, strict=True)]
         figures = {
             "clipped_fraction": clipped / sum(each.numel for each in found),
             "dead_levels": sum(dead) / len(dead),
@@ -101,6 +104,11 @@ class HealthMonitor:
         """Restore what :meth:`state_dict` returned."""
         self._last_scales = dict(state["last_scales"])  # type: ignore[arg-type]
         self._last_bits = dict(state["last_bits"])  # type: ignore[arg-type]
+
+
+def _geometric_mean(ratios: Tensor) -> float:
+    """Return the mean of those that are finite, in float64, which not every accelerator has."""
+    return ratios.cpu().double().log().nan_to_num(math.nan, math.nan, math.nan).nanmean().exp().item()
 
 
 def _grid(layer: QATLayer) -> QuantParams:

@@ -1,9 +1,9 @@
-"""Two temporary patches: running code after a hook of the LightningModule, and scales in their own group."""
+"""Temporary patches: code around a hook of the LightningModule, scales in a group of their own, out of clipping."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,6 +43,19 @@ def remove_patch(module: nn.Module, hook: str) -> None:
 
 
 @contextmanager
+def hidden_gradients(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Within this context, ``parameters`` have no gradients."""
+    kept = [(parameter, parameter.grad) for parameter in parameters]
+    for parameter, _ in kept:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in kept:
+            parameter.grad = gradient
+
+
+@contextmanager
 def separate_param_group(parameters: set[nn.Parameter], lr: float | None) -> Iterator[None]:
     """Within this context, optimizers put ``parameters`` into groups of their own, without weight decay.
 
@@ -60,6 +73,8 @@ def separate_param_group(parameters: set[nn.Parameter], lr: float | None) -> Ite
     add_param_group = Optimizer.add_param_group
 
     def add_split(optimizer: Optimizer, group: dict[str, Any]) -> None:
+        if isinstance(group["params"], set):  # refused by torch: it has no order
+            add_param_group(optimizer, group)
         members = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
         separate = [member for member in members if _parameter(member) in parameters]
         rest = [member for member in members if _parameter(member) not in parameters]

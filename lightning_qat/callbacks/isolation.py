@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lightning_qat.nn import static_inputs
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +53,20 @@ class RandomStates:
         """About how much memory they take."""
         tensors = [self.of_torch, *self.of_accelerators]
         return sum(tensor.nbytes for tensor in tensors) + int(self.of_numpy[1].nbytes) + 36 * len(self.of_python[1])
+
+
+@contextmanager
+def aside(root: nn.Module) -> Iterator[None]:
+    """Run what is no part of training: without gradients, a trace in random numbers, or the observers of inputs."""
+    observing = [quantizer for quantizer in static_inputs(root).values() if quantizer.is_observing]
+    for quantizer in observing:
+        quantizer.is_observing = False
+    try:
+        with torch.inference_mode(False), torch.no_grad(), isolate_randomness([]):
+            yield
+    finally:
+        for quantizer in observing:
+            quantizer.is_observing = True
 
 
 @contextmanager

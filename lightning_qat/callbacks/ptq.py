@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch import callbacks as pl_callbacks
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.console import Console
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_qat.callbacks.averaging import has_weight_average
 from lightning_qat.callbacks.calibration import try_calibration
 from lightning_qat.callbacks.capture import BatchCapture
 from lightning_qat.callbacks.control import current_bits
@@ -72,8 +72,6 @@ from lightning_qat.nn.sweep_plan import plan_sweep, read_bits
 from lightning_qat.observers import ACTIVATION_OBSERVERS, OBSERVERS
 from lightning_qat.ptq import build_methods
 from lightning_qat.records import append_records
-
-_AVERAGING = getattr(pl_callbacks, "WeightAveraging", ())
 
 
 class PTQCallback(pl.Callback):
@@ -321,7 +319,7 @@ class PTQCallback(pl.Callback):
     ) -> None:
         """Keep the weights of an average, which are gone by the end of validation."""
         is_first = batch_idx == 0 and dataloader_idx == 0 and self._shell is not None
-        if is_first and any(isinstance(callback, _AVERAGING) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        if is_first and has_weight_average(trainer):
             self._validated = copy_weights(pl_module)
 
     # -------------------------------------------------------------------------------------------------- the pass

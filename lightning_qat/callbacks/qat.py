@@ -25,10 +25,10 @@ from lightning_qat.callbacks.checks import (
     warn_of_other_scale_lr,
 )
 from lightning_qat.callbacks.closed_loop import ClosedLoop
-from lightning_qat.callbacks.control import advance, all_bits, go_to_rung, learned_scales, mean_bits
+from lightning_qat.callbacks.control import advance, all_bits, forget_old_grids, go_to_rung, learned_scales, mean_bits
 from lightning_qat.callbacks.errors import QATConfigurationError, as_configuration_error
 from lightning_qat.callbacks.health import HealthMonitor, print_layer_table
-from lightning_qat.callbacks.hooks import remove_patch, run_around, separate_param_group
+from lightning_qat.callbacks.hooks import hidden_gradients, remove_patch, run_around, separate_param_group
 from lightning_qat.callbacks.portable import restore_quantizers, store_quantizers
 from lightning_qat.callbacks.publish import publish
 from lightning_qat.callbacks.resolution import make_timeline, read_freeze_at, resolve
@@ -56,6 +56,13 @@ from lightning_qat.observers import ACTIVATION_OBSERVERS, OBSERVERS
 from lightning_qat.schedules import ScheduleLike
 
 _HOOKS_THAT_BUILD = ("setup", "configure_model")
+_PATCHED_HOOKS = (
+    *_HOOKS_THAT_BUILD,
+    "configure_optimizers",
+    "configure_gradient_clipping",
+    "on_save_checkpoint",
+    "training_step",
+)
 
 
 class QATCallback(TechniqueHost):
@@ -93,7 +100,8 @@ class QATCallback(TechniqueHost):
             (``{"drift_below": 1e-3, "every_n_steps": 50, "not_before": 0.5}``). Default: never.
         scale_lr: If given, scales are learned (LSQ), in a parameter group of their own without weight decay: with this
             learning rate, which is relative to the size of a scale, or with that of the weights if ``"same"``. LSQ's
-            gradients grow with the number of levels: under SGD, 8 bits need a much smaller rate than the weights.
+            gradients grow with the number of levels: under SGD, 8 bits need a much smaller rate than the weights, and
+            ``gradient_clip_val`` leaves those of scales out (under manual optimization that is for you to do).
             Default: scales are observed.
         target_module: Name of the submodule outside which nothing is quantized.
         mapping: Further layer classes, each with the :class:`~lightning_qat.nn.QATLayer` it turns into:
@@ -284,7 +292,7 @@ class QATCallback(TechniqueHost):
         warn_of_monitors(trainer.callbacks, self.timeline.num_rungs)  # type: ignore[attr-defined]
         if not self._is_restored:
             self._health = HealthMonitor()
-            go_to_rung(pl_module, self.timeline, trainer.global_step, trainer.optimizers)
+            go_to_rung(pl_module, self.timeline, trainer.global_step)
         self._pass_on("on_fit_checked", trainer, pl_module, self.timeline)
         self._print_summary(pl_module)
 
@@ -331,9 +339,9 @@ class QATCallback(TechniqueHost):
         self._last_step = step
         went_back = self._closed_loop.before_step(trainer, pl_module, self.timeline)
         restored = (all_bits(pl_module), mean_bits(pl_module)) if last_step is None and self._is_restored else None
-        advance(pl_module, self.timeline, step, trainer.optimizers)
+        advance(pl_module, self.timeline, step)
         if self._drift.follow(pl_module, self.timeline, step):
-            advance(pl_module, self.timeline, step, trainer.optimizers)
+            advance(pl_module, self.timeline, step)
         if last_step is None:
             self._bypass.start(pl_module)
         if restored is not None:
@@ -343,6 +351,7 @@ class QATCallback(TechniqueHost):
             is_new_rung = last_step is None or self.timeline.widths(last_step) != self.timeline.widths(step)
         if went_back or is_new_rung:
             self._pass_on("on_rung_restored" if went_back else "on_new_rung", trainer, pl_module)
+        forget_old_grids(pl_module, trainer.optimizers)
 
     @override
     def on_before_optimizer_step(
@@ -359,6 +368,13 @@ class QATCallback(TechniqueHost):
         if self._measures_health_at(trainer, trainer.global_step + 1):
             self._health.see_gradients(pl_module)
         self._pass_on("on_before_optimizer_step", trainer, pl_module, optimizer)
+        if self.scale_lr is not None and pl_module.automatic_optimization:
+            run_around(pl_module, "configure_gradient_clipping", functools.partial(self._clip, pl_module))
+
+    def _clip(self, pl_module: pl.LightningModule, clip: Callable[[], None]) -> None:
+        """Clip all gradients but those of learned scales, which grow with the number of levels."""
+        with hidden_gradients(learned_scales(pl_module).values()):
+            clip()
 
     @override
     def on_train_batch_end(
@@ -408,7 +424,7 @@ class QATCallback(TechniqueHost):
         """Leave no patch behind."""
         self._bypass.finish(report=False)
         self._pass_on("teardown", trainer, pl_module, stage)
-        for hook in (*_HOOKS_THAT_BUILD, "configure_optimizers", "on_save_checkpoint", "training_step"):
+        for hook in _PATCHED_HOOKS:
             remove_patch(pl_module, hook)
 
     @override

@@ -141,11 +141,14 @@ def _check_freezing(timeline: Timeline, freeze_at: float | None) -> None:
             f"freeze_at={freeze_at} would freeze the scales after the last of {timeline.total_steps} optimizer steps. "
             "Freeze earlier (or at a fraction of the run), or leave freeze_at out."
         )
-    last_rung, num_bits = timeline.rungs[-1]
+    last_rung = timeline.last_rung
     if timeline.monitor is None and freeze_step < last_rung:
+        num_bits, input_bits = timeline.widths(last_rung)
+        is_of_inputs = timeline.rungs[-1][0] < last_rung
+        what = f"inputs at {input_bits:g} bits" if is_of_inputs else f"{num_bits:g} bits"
         raise QATConfigurationError(
-            f"freeze_at={freeze_at} freezes the scales at step {freeze_step}, before the last rung ({num_bits:g} "
-            f"bits) begins at step {last_rung}. Freeze at step {last_rung} or later."
+            f"freeze_at={freeze_at} freezes the scales at step {freeze_step}, before the last rung ({what}) begins at "
+            f"step {last_rung}. Freeze at step {last_rung} or later."
         )
     if timeline.blend_step is not None and freeze_step < timeline.blend_step:
         raise QATConfigurationError(
@@ -158,7 +161,7 @@ def _check_drift(timeline: Timeline) -> None:
     bound, total_steps = timeline.drift_bound, timeline.total_steps
     if bound is None or total_steps is None:
         return
-    last_rung = timeline.rungs[-1][0] if timeline.monitor is None else 0
+    last_rung = timeline.last_rung if timeline.monitor is None else 0
     earliest = max(last_rung, timeline.drift_step, timeline.blend_step or 0)
     if earliest + bound.every_n_steps >= total_steps:
         raise QATConfigurationError(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map
 
 from lightning_qat.nn.annealed_grid import AnnealedGrid
 
@@ -66,11 +67,9 @@ def _quantizers(root: nn.Module) -> dict[str, AnnealedGrid]:
 
 
 def _to_cpu(value: Any) -> Any:
-    """Return a copy of nested dicts and lists that shares no memory with ``value``, its tensors on the CPU."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, Mapping):
-        return {key: _to_cpu(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_to_cpu(entry) for entry in value)
-    return copy.deepcopy(value)
+    """Return a copy of nested containers that shares no memory with ``value``, its tensors on the CPU."""
+    return tree_map(_leaf_to_cpu, value)
+
+
+def _leaf_to_cpu(leaf: Any) -> Any:
+    return leaf.detach().to("cpu", copy=True) if isinstance(leaf, Tensor) else copy.deepcopy(leaf)

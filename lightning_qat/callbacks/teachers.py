@@ -16,7 +16,7 @@ from lightning_qat.nn.accumulator import is_distributed
 from lightning_qat.nn.calls import is_compiled
 from lightning_qat.nn.distiller import default_student
 from lightning_qat.nn.float_model import copy_weights, keeps_float_weights, weights_of
-from lightning_qat.nn.teacher import CopyTeacher, FunctionTeacher, ModuleTeacher, OwnWeights, Teacher
+from lightning_qat.nn.teacher import CopyTeacher, FunctionTeacher, ModuleTeacher, Teacher
 
 TeacherLike = nn.Module | Callable[[Any], Any] | str | None
 """A module, a function of the batch, ``"copy"``, or None for the float model."""
@@ -58,8 +58,8 @@ def make_teacher(
     student: nn.Module,
     teacher: TeacherLike,
     dtype: torch.dtype | None,
-) -> Teacher:
-    """Return the teacher of ``student``, a part of ``pl_module``.
+) -> Teacher | None:
+    """Return the teacher of ``student``, a part of ``pl_module``; None if it can be its own, once it has its weights.
 
     Args:
         trainer: The Trainer.
@@ -87,7 +87,7 @@ def make_teacher(
             "beside it. Give a module that has them: teacher=..."
         )
     if teacher is None and keeps_float_weights(student):
-        return OwnWeights(student)
+        return None
     with as_configuration_error():
         copied = CopyTeacher(student, dtype)
     for hook in list(vars(copied.module)):

@@ -50,8 +50,13 @@ class Timeline:
 
     @property
     def num_rungs(self) -> int:
-        """How many rungs the run has, or at least has if a metric decides."""
-        return len(self.rungs) + (self.rungs[-1][1] != self.final_bits)
+        """How many rungs weights or inputs have, whichever have more; or at least have if a metric decides."""
+        return max(len(self.rungs) + (self.rungs[-1][1] != self.final_bits), len(self.activation_rungs or ()))
+
+    @property
+    def last_rung(self) -> int:
+        """First step from which weights and inputs are both at their last width, as far as it is planned."""
+        return max(rungs[-1][0] for rungs in (self.rungs, self.activation_rungs) if rungs)
 
     def num_bits(self, step: int) -> float:
         """Return the width at an optimizer step; before the first rung, that of the pass-through."""
@@ -71,12 +76,15 @@ class Timeline:
 
     def is_frozen(self, step: int) -> bool:
         """Return whether scales are frozen at ``step``."""
-        return self.freeze_step is not None and step >= self.freeze_step and self.num_bits(step) == self.final_bits
+        return self.freeze_step is not None and step >= self.freeze_step and self._is_at_last_widths(step)
 
     def may_measure_drift(self, step: int) -> bool:
         """Return whether ``step`` is on the last rung, with weights that are fake-quantized in full."""
-        earliest = max(self.drift_step, self.blend_step or 0)
-        return self.num_bits(step) == self.final_bits and step >= earliest
+        return step >= max(self.drift_step, self.blend_step or 0) and self._is_at_last_widths(step)
+
+    def _is_at_last_widths(self, step: int) -> bool:
+        is_last_of_inputs = self.activation_rungs is None or step >= self.activation_rungs[-1][0]
+        return self.num_bits(step) == self.final_bits and is_last_of_inputs
 
     def blend(self, step: int) -> float:
         """Return how much of the weight is fake-quantized at ``step``: 0 when it starts, 1 from ``blend_step`` on."""

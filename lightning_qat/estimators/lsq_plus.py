@@ -40,33 +40,43 @@ class LearnedBounds:
 class _LearnedGrid(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, qmin: Tensor, qmax: Tensor, zero_offset: Tensor
+        ctx: Any,
+        x: Tensor,
+        scale: Tensor,
+        zero_point: Tensor,
+        qmin: Tensor,
+        qmax: Tensor,
+        zero_offset: Tensor,
+        margin: float,
     ) -> Tensor:
         low, high = qmin - zero_point, qmax - zero_point
         ctx.save_for_backward(x, scale, low, high, zero_offset)
+        ctx.margin = margin
         steps = (_wide(x) * (1.0 / scale)).sub_(zero_offset).round_()
         return torch.clamp(steps, low, high).add_(zero_offset).mul_(scale).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None, None]:
         x, scale, low, high, zero_offset = ctx.saved_tensors
         gradient = _wide(grads[0])
         exact = (_wide(x) * (1.0 / scale)).sub_(zero_offset)
+        of_x = gradient.masked_fill((exact < low - ctx.margin) | (exact > high + ctx.margin), 0.0)
         outside = (exact < low) | (exact > high)
-        of_x = gradient.masked_fill(outside, 0.0)
         steps = torch.clamp(exact.round(), low, high)
         # Inside x' changes by round(x / s) - x / s with the scale, outside by the level.
         by_scale = steps.sub_(exact.add_(zero_offset).masked_fill_(outside, 0.0)).add_(zero_offset)
         of_scale = by_scale.mul_(gradient).sum_to_size(scale.shape)
-        of_zero_point = -scale * (gradient.sum_to_size(scale.shape) - of_x.sum_to_size(scale.shape))
-        return of_x.to(x.dtype), of_scale, of_zero_point, None, None, None
+        of_zero_point = -scale * gradient.masked_fill(~outside, 0.0).sum_to_size(scale.shape)
+        return of_x.to(x.dtype), of_scale, of_zero_point, None, None, None, None
 
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def fake_quantize_learned(x: Tensor, scale: Tensor, zero_point: Tensor | float, levels: Levels) -> Tensor:
+def fake_quantize_learned(
+    x: Tensor, scale: Tensor, zero_point: Tensor | float, levels: Levels, margin: float = 0.0
+) -> Tensor:
     """Return the level nearest to each value, with the gradients of :class:`LearnedBounds` with a plain rounding.
 
     It is :func:`~lightning_qat.core.fake_quantize` with ``LearnedBounds(ClippedSTE())`` on a tensor of any shape,
@@ -74,13 +84,17 @@ def fake_quantize_learned(x: Tensor, scale: Tensor, zero_point: Tensor | float, 
 
     Args:
         x: Any shape, any floating dtype.
-        scale: One positive scale, float32, broadcasts with ``x``.
-        zero_point: Its zero-point.
+        scale: Positive scales, float32, broadcast with ``x``.
+        zero_point: Their zero-points.
         levels: The levels.
+        margin: How many steps beyond the outermost levels ``x`` still gets a gradient, as in
+            :class:`~lightning_qat.estimators.ClippedSTE`; those of scale and zero-point are the same with any.
     """
     qmin, qmax, zero_offset = (torch.as_tensor(each, dtype=scale.dtype, device=x.device) for each in levels[:3])
     zero_point = torch.as_tensor(zero_point, dtype=scale.dtype, device=x.device).expand_as(scale)
-    quantized: Tensor = _LearnedGrid.apply(x, scale, zero_point, qmin, qmax, zero_offset)  # type: ignore[no-untyped-call]
+    quantized: Tensor = _LearnedGrid.apply(  # type: ignore[no-untyped-call]
+        x, scale, zero_point, qmin, qmax, zero_offset, margin
+    )
     return quantized
 
 

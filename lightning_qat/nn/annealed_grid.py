@@ -23,6 +23,10 @@ class AnnealedGrid(nn.Module):
 
     Levels and scales are tensors, so that a change compiles nothing anew, but no buffers: weight averaging
     averages every buffer, and an average of two grids is neither. They travel in the extra state instead.
+
+    Attributes:
+        has_new_grid: Whether the grid was found anew since this was last set to False.
+        loads_weight: Whether the state dict that is being loaded has the layer's weight.
     """
 
     def __init__(self, scheme: QuantScheme, device: torch.device | None = None) -> None:
@@ -31,6 +35,8 @@ class AnnealedGrid(nn.Module):
         self.rung_scheme = scheme
         self._asked_for = scheme.num_bits
         self.blend = 1.0
+        self.has_new_grid = False
+        self.loads_weight = True
         self._levels = self._make_levels(device)
 
     @property
@@ -69,10 +75,11 @@ class AnnealedGrid(nn.Module):
 
     def _fake_quantize(self, tensor: Tensor, params: QuantParams, estimator: GradientEstimator) -> Tensor:
         # Not rung_scheme: a compiled graph would depend on its fields, and the levels say all that changes.
-        quantized = fake_quantize(tensor, params, self.scheme, self.levels, estimator)
-        if not torch.compiler.is_compiling():
-            return quantized
-        return torch.where(self._levels[4] > 0, tensor, quantized)
+        return self._unless_passing(tensor, fake_quantize(tensor, params, self.scheme, self.levels, estimator))
+
+    def _unless_passing(self, tensor: Tensor, quantized: Tensor) -> Tensor:
+        """Return ``quantized``, or ``tensor`` where a compiled graph is at its pass-through."""
+        return torch.where(self._levels[4] > 0, tensor, quantized) if torch.compiler.is_compiling() else quantized
 
     def _blend(self, tensor: Tensor, quantized: Tensor) -> Tensor:
         """Return ``(1 - blend) * tensor + blend * quantized``, which is ``quantized`` to the bit at 1."""
@@ -107,16 +114,17 @@ class AnnealedGrid(nn.Module):
         """Restore what :meth:`get_extra_state` returned."""
         self.set_num_bits(state["num_bits"])
         self.set_blend(state.get("blend", 1.0))
+        self.has_new_grid = False
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Accept a checkpoint without quantizers."""
+        """Accept a checkpoint without quantizers, also one that leaves this layer out."""
         if any(key.startswith(prefix) for key in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *args)
-        else:
+        elif self.loads_weight:
             self._on_missing_state()
 
     def _on_missing_state(self) -> None:
-        """Called when weights were loaded from a checkpoint without quantizers."""
+        """Called when the layer's weight was loaded from a checkpoint without quantizers."""
 
     def extra_repr(self) -> str:
         """Describe the grid."""

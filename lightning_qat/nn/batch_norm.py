@@ -10,6 +10,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_qat.nn.forward import evaluation_mode
 
+_STATISTICS = ("running_mean", "running_var")
+
 
 def batch_norms(root: nn.Module) -> dict[str, _BatchNorm]:
     """Return the batch normalization layers of ``root`` that keep running statistics, by name.
@@ -33,8 +35,8 @@ def reestimate(
 
     Mean and (unbiased) variance of every batch count the same, as with ``BatchNorm(momentum=None)``. The layers
     normalize each batch by its own statistics meanwhile, as in training; the rest of the model is in evaluation mode.
-    Nothing else changes: not the modes, the number of batches tracked, nor any other buffer. A layer that is not called
-    keeps what it has.
+    Nothing else changes: not the modes, the number of batches tracked, nor any other buffer. What the statistics were
+    does not matter, so that they recover from NaN; but a layer that is not called keeps them.
 
     Source: Nagel et al. 2022 (arXiv:2203.11086), section 2.3.1.
 
@@ -46,20 +48,24 @@ def reestimate(
         average: Averages a tensor over processes.
     """
     momenta = [norm.momentum for norm in norms]
-    found: list[tuple[Tensor, Tensor]] = []
+    before = [[_statistic(norm, name) for name in _STATISTICS] for norm in norms]
+    found: list[list[Tensor]] = []
     with evaluation_mode(root):  # which puts the buffers back, too
         try:
             for norm in norms:
                 norm.training, norm.momentum = True, None
-                _counter(norm).zero_()
+                norm.reset_running_stats()  # or NaN would stay: the average begins with 0 times what was there
             for index in range(num_batches):
                 run(index)
-            found = [(_statistic(norm, "running_mean"), _statistic(norm, "running_var")) for norm in norms]
+            for norm, own in zip(norms, before, strict=True):
+                is_called = _counter(norm) > 0
+                counted = (_statistic(norm, name) for name in _STATISTICS)
+                found.append([torch.where(is_called, new, old) for new, old in zip(counted, own, strict=True)])
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
     for norm, statistics in zip(norms, found, strict=True):
-        for name, value in zip(("running_mean", "running_var"), statistics, strict=True):
+        for name, value in zip(_STATISTICS, statistics, strict=True):
             norm.get_buffer(name).copy_(value if average is None else average(value))
 
 

@@ -58,8 +58,12 @@ def kl_divergence(
         student = student.masked_fill(~positions.unsqueeze(-1), 0)
         teacher = teacher.masked_fill(~positions.unsqueeze(-1), 0)
     log_probability = F.log_softmax(student / temperature, dim=-1)
-    divergence = F.kl_div(log_probability, F.softmax(teacher / temperature, dim=-1), reduction="none").sum(-1)
-    return temperature**2 * _mean(divergence, positions)
+    target = F.softmax(teacher / temperature, dim=-1)
+    terms = F.kl_div(log_probability, target, reduction="none")
+    with torch.no_grad():  # of these terms the gradient is zero already, as the target is; so the mask is not kept
+        # A class that the teacher rules out counts nothing, also where the student's logit is -inf: 0 * inf is NaN.
+        terms.masked_fill_(target == 0, 0)
+    return temperature**2 * _mean(terms.sum(-1), positions)
 
 
 def relative_error(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:

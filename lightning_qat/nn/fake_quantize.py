@@ -14,10 +14,13 @@ from lightning_qat.core import (
     QuantizedWeight,
     QuantParams,
     QuantScheme,
+    group_view,
     quantize,
-    round_scale,
+    ungroup,
 )
-from lightning_qat.estimators.lsq import log_scale, lsq_factor
+from lightning_qat.estimators import ClippedSTE
+from lightning_qat.estimators.lsq import log_scale, lsq_factor, round_straight_through
+from lightning_qat.estimators.lsq_plus import LearnedBounds, fake_quantize_learned
 from lightning_qat.nn.annealed_grid import AnnealedGrid
 
 
@@ -107,7 +110,7 @@ class WeightFakeQuantize(AnnealedGrid):
             self.zero_point.copy_(params.zero_point.flatten())
         if self.log_scale_ratio is not None:
             self.log_scale_ratio.zero_()
-        self.is_stale = False
+        self.is_stale, self.has_new_grid = False, True
 
     @torch.no_grad()
     def freeze(self, weight: Tensor) -> None:
@@ -117,8 +120,8 @@ class WeightFakeQuantize(AnnealedGrid):
         self.frozen = True
 
     def unfreeze(self) -> None:
-        """Let the grid move again, from where the weight is then."""
-        self.is_stale |= self.frozen
+        """Let the grid move again: a learned one from where it is, another from where the weight is then."""
+        self.is_stale |= self.frozen and self.log_scale_ratio is None
         self.frozen = False
 
     def qparams(self, weight: Tensor) -> QuantParams:
@@ -130,7 +133,9 @@ class WeightFakeQuantize(AnnealedGrid):
         scale = self.scale
         if self.log_scale_ratio is not None:
             factor = lsq_factor(self.weights_per_scale, self.levels.qmax)
-            scale = round_scale(log_scale(scale, self.log_scale_ratio, factor), self.scheme.torch_scale_dtype)
+            scale = round_straight_through(
+                log_scale(scale, self.log_scale_ratio, factor), self.scheme.torch_scale_dtype
+            )
         zero_point = None if self.zero_point is None else self.zero_point.view(self.qparams_shape)
         return QuantParams(scale.view(self.qparams_shape), zero_point)
 
@@ -141,7 +146,18 @@ class WeightFakeQuantize(AnnealedGrid):
         """
         if self._passes_unchanged():
             return self._keep_in_graph(weight)
-        return self._blend(weight, self._fake_quantize(weight, self.qparams(weight), self.config.estimator))
+        return self._blend(weight, self._on_grid(weight))
+
+    def _on_grid(self, weight: Tensor) -> Tensor:
+        params, estimator = self.qparams(weight), self.config.estimator
+        if self.log_scale_ratio is None:
+            return self._fake_quantize(weight, params, estimator)
+        if type(estimator) is not ClippedSTE:
+            return self._fake_quantize(weight, params, LearnedBounds(estimator))
+        zero_point = 0.0 if params.zero_point is None else params.zero_point.unsqueeze(-1)
+        grouped, scale = group_view(weight, self.scheme), params.scale.unsqueeze(-1)
+        quantized = fake_quantize_learned(grouped, scale, zero_point, self.levels, estimator.margin)
+        return self._unless_passing(weight, ungroup(quantized, weight.shape))
 
     def _keep_in_graph(self, weight: Tensor) -> Tensor:
         # DDP reports a parameter that takes no part in the loss.

@@ -62,26 +62,30 @@ def weights_of(root: nn.Module) -> dict[str, Tensor]:
 
 
 def digest(weights: Mapping[str, Tensor]) -> str:
-    """Return 16 hexadecimal digits by which to tell whether weights are the same to the bit."""
-    parts = [(name, fingerprint(weight)) for name, weight in sorted(weights.items())]
+    """Return 16 hexadecimal digits by which to tell whether weights are the same to the bit.
+
+    A single integer, as a buffer that counts calls, is left out: it moves while a model teaches.
+    """
+    parts = [(name, fingerprint(weight)) for name, weight in sorted(weights.items()) if not _is_count(weight)]
     text = ";".join(f"{name}={[str(part) for part in found[1:]] if found else None}" for name, found in parts)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _is_count(weight: Tensor) -> bool:
+    return weight.numel() == 1 and not (weight.is_floating_point() or weight.is_complex())
 
 
 def keeps_float_weights(student: nn.Module) -> bool:
     """Return whether ``student`` stays the float model underneath its quantizers while it trains.
 
-    So it is if nothing in it trains but scales, and it has no statistics that move (as those of BatchNorm do). What is
-    compiled does not count: its quantizers cannot be told to pass without compiling anew.
+    So it is if nothing in it trains but scales, and it has no buffer in its state that could move, such as statistics
+    of BatchNorm or a count of calls. What is compiled does not count: its quantizers cannot be told to pass without
+    compiling anew.
     """
     if holds_compiled(student):
         return False
     weights = weights_of(student).values()
-    return not any(weight.requires_grad or _is_moving(weight) for weight in weights)
-
-
-def _is_moving(weight: Tensor) -> bool:
-    return not isinstance(weight, nn.Parameter) and weight.is_floating_point()
+    return all(isinstance(weight, nn.Parameter) and not weight.requires_grad for weight in weights)
 
 
 def float_copy(student: nn.Module) -> nn.Module:

@@ -84,3 +84,15 @@ def find_mask(batch: Any) -> Tensor | None:
     """Return the attention mask of a batch, ``[B, T]``, True where a token counts."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+
+def drop_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return the tokens of ``x`` that count, ``[N, I]``, or ``x`` itself if the mask is not one of its tokens.
+
+    Args:
+        x: Input of a Linear, ``[B, T, I]`` or ``[B * T, I]``.
+        mask: True where a token counts, ``[B, T]``, or None.
+    """
+    if mask is None or x.shape[:-1] not in (mask.shape, (mask.numel(),)):
+        return x
+    return x.reshape(-1, x.shape[-1])[mask.flatten().to(x.device)]

@@ -20,13 +20,15 @@ class WeightSums:
     """What one look at a quantized weight finds, still on its device, so that nothing waits for an accelerator.
 
     Attributes:
-        sums: Float64 ``[4]``: the sum of the squared weights, that of their squared quantization errors, the number of
-            weights that lie over half a step beyond the outermost level, and the number of codes that are used.
+        powers: Float32 ``[2]``: the sum of the squared weights, and that of their squared quantization errors.
+        counts: Int64 ``[2]``: the number of weights that lie over half a step beyond the outermost level, and the
+            number of codes that are used.
         numel: Number of weights looked at.
         num_levels: Number of levels of the grid.
     """
 
-    sums: Tensor
+    powers: Tensor
+    counts: Tensor
     numel: int
     num_levels: int
 
@@ -70,7 +72,7 @@ def layer_health(root: nn.Module) -> list[LayerHealth]:
         matrix = layer.to_matrix(layer.weight)
         params = quantizer.qparams(matrix)
         found = weight_sums(matrix, params, quantizer.rung_scheme)
-        signal, noise, clipped, used = found.sums.tolist()
+        (signal, noise), (clipped, used) = found.powers.tolist(), found.counts.tolist()
         scales = params.scale.abs()
         rows.append(
             LayerHealth(
@@ -112,9 +114,9 @@ def weight_sums(weight: Tensor, params: QuantParams, scheme: QuantScheme) -> Wei
     clipped = (group_view(noise.abs(), scheme) > half_step * 1.001).sum()  # above rounding in float32
     is_used = torch.zeros(_NUM_CODES, dtype=torch.bool, device=weight.device)
     is_used[codes.flatten().long() + _NUM_CODES // 2] = True
-    totals = (weight.square().sum(), noise.square().sum(), clipped, is_used.sum())
+    powers = torch.stack([weight.square().sum(), noise.square().sum()])
     qmin, qmax, _, _ = scheme.levels()
-    return WeightSums(torch.stack([total.double() for total in totals]), weight.numel(), int(qmax - qmin) + 1)
+    return WeightSums(powers, torch.stack([clipped, is_used.sum()]), weight.numel(), int(qmax - qmin) + 1)
 
 
 def decibels(signal: float, noise: float) -> float:

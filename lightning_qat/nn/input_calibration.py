@@ -16,7 +16,8 @@ from lightning_qat.core import PASS_THROUGH_BITS, ActivationObserver
 from lightning_qat.nn.accumulator import from_all_processes, is_distributed
 from lightning_qat.nn.calibrate import make_runner, watch_inputs
 from lightning_qat.nn.convert import static_inputs
-from lightning_qat.nn.forward import evaluation_mode
+from lightning_qat.nn.forward import drop_padding, evaluation_mode, find_mask
+from lightning_qat.nn.input_matrix import CONVOLUTIONS
 from lightning_qat.nn.plan import Plan
 from lightning_qat.nn.static_input import InputStatistics, StaticInputFakeQuantize
 
@@ -63,7 +64,8 @@ def calibrate_inputs(
     """Find the static grids of the inputs of a prepared ``root``, without a Trainer; they are found anew.
 
     The model runs in evaluation mode and as it is quantized, so that each layer is calibrated on what the layers
-    before it give; on the first batch, inputs pass unchanged.
+    before it give; on the first batch, inputs pass unchanged. With several processes, all must call this, each with
+    batches of its own.
 
     Args:
         root: The model, as :func:`~lightning_qat.nn.prepare` left it, on the device of the batches.
@@ -87,12 +89,9 @@ def calibrate_inputs(
         quantizer.reset(quantizer.seen.device)
     run = make_runner(root, batches, step)
     with evaluation_mode(root), torch.no_grad():
-        for index in range(len(batches)):
-            _observe(quantizers.values(), True)
-            try:
-                run(index)
-            finally:
-                _observe(quantizers.values(), False)
+        for index in range(max(from_all_processes(len(batches)))):
+            if index < len(batches):
+                _observe(quantizers, batches[index], functools.partial(run, index))
             take_batch(quantizers)
     if unseen := [name for name, each in quantizers.items() if not each.is_calibrated]:
         raise ValueError(_explain_unseen(unseen))
@@ -101,9 +100,14 @@ def calibrate_inputs(
     return quantizers
 
 
-def _observe(quantizers: Iterable[StaticInputFakeQuantize], is_observing: bool) -> None:
-    for quantizer in quantizers:
-        quantizer.is_observing = is_observing
+def _observe(quantizers: Mapping[str, StaticInputFakeQuantize], batch: Any, run: Callable[[], Any]) -> None:
+    for quantizer in quantizers.values():
+        quantizer.observe(find_mask(batch))
+    try:
+        run()
+    finally:
+        for quantizer in quantizers.values():
+            quantizer.stop_observing()
 
 
 def _explain_unseen(names: Sequence[str]) -> str:
@@ -118,7 +122,7 @@ def observe_inputs(
     plan: Plan,
     observer: ActivationObserver,
     run: Callable[[int], Any],
-    num_batches: int,
+    batches: Sequence[Any],
     unseen: Literal["error", "rtn"] = "error",
 ) -> Plan:
     """Return ``plan`` with what its layers with static inputs are fed by the float model.
@@ -129,7 +133,7 @@ def observe_inputs(
         plan: The layers, in float.
         observer: Who looks at their inputs.
         run: Runs the model on the batch of an index.
-        num_batches: Number of batches.
+        batches: The batches; tokens that their ``attention_mask`` leaves out do not count.
         unseen: What to do with layers that nothing reached: raise, or leave their inputs in float.
 
     Raises:
@@ -140,18 +144,20 @@ def observe_inputs(
     if not layers:
         return plan
     seen = {name: observer.empty(layer.weight.device) for name, layer in layers.items()}
-    for index in range(max(from_all_processes(num_batches))):
-        batch = {name: observer.empty(each.device) for name, each in seen.items()}
+    for index in range(max(from_all_processes(len(batches)))):
+        found = {name: observer.empty(each.device) for name, each in seen.items()}
+        mask = find_mask(batches[index]) if index < len(batches) else None
 
-        def see(name: str, x: Tensor, batch: dict[str, Tensor] = batch) -> None:
+        def see(name: str, x: Tensor, found: dict[str, Tensor] = found, mask: Tensor | None = mask) -> None:
+            x = x if isinstance(layers[name].module, CONVOLUTIONS) else drop_padding(x, mask)
             if x.numel() > 0:
-                batch[name] = observer.merge(batch[name], observer.collect(x))
+                found[name] = observer.merge(found[name], observer.collect(x))
 
-        if index < num_batches:
+        if index < len(batches):
             with watch_inputs({name: layer.module for name, layer in layers.items()}, see):
                 run(index)
-        everywhere = _from_all_processes([(observer, each) for each in batch.values()])
-        seen = {name: observer.update(seen[name], each) for name, each in zip(batch, everywhere, strict=True)}
+        everywhere = _from_all_processes([(observer, each) for each in found.values()])
+        seen = {name: observer.update(seen[name], each) for name, each in zip(found, everywhere, strict=True)}
     reached = _check_seen(seen, unseen)
     return replace(
         plan,

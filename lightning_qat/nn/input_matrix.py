@@ -7,6 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lightning_qat.nn.forward import drop_padding
 from lightning_qat.nn.layers import QATLayer
 from lightning_qat.nn.plan import find_qat_class, float_type
 
@@ -41,9 +42,7 @@ def token_matrix(module: nn.Module, x: Tensor, mask: Tensor | None = None) -> Te
     x = x.detach().float()
     if isinstance(module, CONVOLUTIONS):
         return _unfold(module, x)
-    is_masked = mask is not None and (x.shape[:-1] == mask.shape or x.shape[:-1] == (mask.numel(),))
-    x = x.reshape(1, -1, x.shape[-1])
-    return x[:, mask.flatten().to(x.device)] if mask is not None and is_masked else x
+    return drop_padding(x, mask).reshape(1, -1, x.shape[-1])
 
 
 def _unfold(module: Any, x: Tensor) -> Tensor:

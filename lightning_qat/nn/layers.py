@@ -6,7 +6,7 @@ children ``weight_fake_quant`` and ``input_fake_quant`` are added.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -52,6 +52,13 @@ class QATLayer(nn.Module):
     def quantized_weight(self) -> QuantizedWeight:
         """Return codes and grid of the weight on the current rung."""
         return self.weight_fake_quant.quantize(self.to_matrix(self.weight))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Let the quantizers, which see only their own entries, know whether the weight is loaded."""
+        for quantizer in (self.weight_fake_quant, self.input_fake_quant):
+            if quantizer is not None:
+                quantizer.loads_weight = f"{prefix}weight" in state_dict
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _input(self, x: Tensor) -> Tensor:
         return x if self.input_fake_quant is None else self.input_fake_quant(x)

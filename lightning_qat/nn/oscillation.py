@@ -93,12 +93,12 @@ class OscillationState:
         """Return how many weights oscillate more often than ``threshold`` and are free, and how many are frozen.
 
         Returns:
-            Two counts, float64 ``[2]``.
+            Two counts, int64 ``[2]``.
         """
         is_over = self.frequency > threshold
         if self.frozen is None:
-            return torch.stack([is_over.sum(), torch.zeros_like(is_over.sum())]).double()
-        return torch.stack([(is_over & ~self.frozen).sum(), self.frozen.sum()]).double()
+            return torch.stack([is_over.sum(), torch.zeros_like(is_over.sum())])
+        return torch.stack([(is_over & ~self.frozen).sum(), self.frozen.sum()])
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the tensors by name; they are this object's own, as in ``Module.state_dict``."""

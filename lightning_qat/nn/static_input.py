@@ -15,11 +15,11 @@ from lightning_qat.core import (
     QuantParams,
     QuantScheme,
     fake_quantize,
-    round_scale,
 )
 from lightning_qat.estimators import ClippedSTE
-from lightning_qat.estimators.lsq import log_scale, lsq_factor
+from lightning_qat.estimators.lsq import log_scale, lsq_factor, round_straight_through
 from lightning_qat.estimators.lsq_plus import LearnedBounds, fake_quantize_learned, learned_zero_point
+from lightning_qat.nn.forward import drop_padding
 from lightning_qat.nn.input_fake_quantize import InputFakeQuantize
 from lightning_qat.observers import HistogramMSEObserver
 
@@ -73,13 +73,15 @@ class StaticInputFakeQuantize(InputFakeQuantize):
         log_scale_ratio: Trainable parameter, float32 ``[1]``, or None if the grid is not learned.
         zero_point_offset: Trainable parameter, float32 ``[1]``, or None if the zero-point is not learned.
         is_observing: Whether forward passes are to be observed: set around the batches of calibration.
+        mask: Which tokens of the batch that is observed count, ``[B, T]``, or None if all do. In a compiled forward
+            pass all do.
         is_calibrated: Whether there is a grid yet.
         is_settled: Whether calibration is over.
-        has_new_grid: Whether the grid was found anew since this was last set to False.
         num_steps: Optimizer steps that were observed.
     """
 
     is_calibrated = False
+    mask: Tensor | None
 
     def __init__(
         self,
@@ -95,8 +97,7 @@ class StaticInputFakeQuantize(InputFakeQuantize):
         self.log_scale_ratio = nn.Parameter(zeros.clone()) if self.config.learn else None
         learns_offset = self.config.learn and not scheme.symmetric
         self.zero_point_offset = nn.Parameter(zeros.clone()) if learns_offset else None
-        self.is_observing = False
-        self.has_new_grid = False
+        self.is_observing, self.mask = False, None
         self.reset(device)
 
     @torch.no_grad()
@@ -114,8 +115,20 @@ class StaticInputFakeQuantize(InputFakeQuantize):
 
     # ------------------------------------------------------------------------------------------- calibration
 
+    def observe(self, mask: Tensor | None = None) -> None:
+        """Observe forward passes from now on, of the tokens for which ``mask`` ``[B, T]`` is True."""
+        self.is_observing, self.mask = True, mask
+
+    def stop_observing(self) -> None:
+        """Observe forward passes no longer."""
+        self.is_observing, self.mask = False, None
+
     @torch.no_grad()
     def _observe(self, x: Tensor) -> None:
+        if not torch.compiler.is_compiling() and self.sample_dims == 1:
+            x = drop_padding(x, self.mask)
+            if x.numel() == 0:
+                return
         pending = self.config.observer.merge(self.pending, self.config.observer.collect(x))
         if torch.compiler.is_compiling():  # one graph serves every rung
             pending = torch.where(self._levels[4] > 0, self.pending, pending)
@@ -167,7 +180,8 @@ class StaticInputFakeQuantize(InputFakeQuantize):
 
     def settle(self) -> None:
         """End the calibration."""
-        self.is_settled, self.is_observing = True, False
+        self.is_settled = True
+        self.stop_observing()
 
     def set_num_bits(self, num_bits: float) -> None:
         """Go to a rung; if that changes the width, the grid is found anew in what was seen."""
@@ -188,7 +202,9 @@ class StaticInputFakeQuantize(InputFakeQuantize):
         if self.log_scale_ratio is not None:
             num_steps = levels.qmax - levels.qmin
             factor = lsq_factor(num_values, levels.qmax if zero_point is None else num_steps)
-            scale = round_scale(log_scale(scale, self.log_scale_ratio, factor), self.scheme.torch_scale_dtype)
+            scale = round_straight_through(
+                log_scale(scale, self.log_scale_ratio, factor), self.scheme.torch_scale_dtype
+            )
             if zero_point is not None and self.zero_point_offset is not None:
                 factor = self._zero_point_moves * factor / (self.scale * num_steps).square()
                 bounds = (torch.as_tensor(levels.qmin), torch.as_tensor(levels.qmax))
@@ -262,7 +278,7 @@ class StaticInputFakeQuantize(InputFakeQuantize):
         super().set_extra_state(state)
         self._mark_calibrated(state["is_calibrated"])
         self.is_settled, self.num_steps = state["is_settled"], state["num_steps"]
-        self.is_observing = self.has_new_grid = False
+        self.stop_observing()
 
     def _on_missing_state(self) -> None:
         """Let the inputs that the new weights give be calibrated anew."""

@@ -146,7 +146,7 @@ def sweep(
         ValueError: If layers saw no token, or saw NaN or infinite inputs; they are named.
     """
     run = make_runner(root, batches, step)
-    plan = observe_inputs(plan, activation_observer or StaticInputConfig().observer, run, len(batches), unseen)
+    plan = observe_inputs(plan, activation_observer or StaticInputConfig().observer, run, batches, unseen)
     without_inputs = [layer.name for layer in plan.layers if layer.takes_index]
     with_inputs = {layer.name: layer.module for layer in plan.layers if not layer.takes_index}
     if not with_inputs or not _calibrated(methods):

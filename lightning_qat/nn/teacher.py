@@ -117,7 +117,8 @@ class ModuleTeacher:
 
     def suit(self, student: nn.Module, device: torch.device) -> None:
         """Go to ``device``, unless the module is spread over several, and note which dtype ``student`` computes in."""
-        if len({weight.device for weight in self.module.parameters()}) == 1:
+        weights = list(self.module.parameters()) or weights_of(self.module).values()  # such as a table of logits
+        if len({weight.device for weight in weights}) == 1:
             self.module.to(device)
         own = _dtype_of(self.module)
         self._input_dtype = None if own == _dtype_of(student) else own

@@ -35,7 +35,7 @@ class Histogram:
 
     def empty(self, device: torch.device | None = None) -> Tensor:
         """Return the histogram of nothing."""
-        head = torch.tensor([torch.inf, -torch.inf, _SMALLEST_EXPONENT], device=device)
+        head = torch.tensor([torch.inf, -torch.inf, _SMALLEST_EXPONENT], dtype=torch.float32, device=device)
         return torch.cat([head, head.new_zeros(self.num_bins)])
 
     def collect(self, x: Tensor) -> Tensor:
@@ -44,8 +44,9 @@ class Histogram:
         smallest, largest = torch.aminmax(x)
         exponent = torch.frexp(torch.maximum(smallest.abs(), largest.abs()))[1]
         exponent = exponent.clamp(_SMALLEST_EXPONENT, _LARGEST_EXPONENT).float()
-        counts = self._count(torch.floor(x * torch.exp2(-exponent) * self._half), x.new_ones(()).expand(x.shape))
-        return torch.cat([torch.stack([smallest, largest, exponent]), counts])
+        ones = torch.ones((), dtype=torch.int64, device=x.device).expand(x.shape)  # float32 counts to 2**24, no further
+        counts = self._count(torch.floor(x * torch.exp2(-exponent) * self._half), ones)
+        return torch.cat([torch.stack([smallest, largest, exponent]), counts.float()])
 
     def merge(self, first: Tensor, second: Tensor) -> Tensor:
         """Return the histogram of what both have seen."""

@@ -20,7 +20,7 @@ class RunningMinMaxObserver:
 
     def empty(self, device: torch.device | None = None) -> Tensor:
         """Return what is known before anything was seen."""
-        return torch.tensor([torch.inf, -torch.inf], device=device)
+        return torch.tensor([torch.inf, -torch.inf], dtype=torch.float32, device=device)
 
     def collect(self, x: Tensor) -> Tensor:
         """Return the range of ``x``, of any shape and floating dtype, but not empty."""

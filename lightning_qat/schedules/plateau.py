@@ -12,6 +12,8 @@ from lightning_qat.core.checks import check_choice, check_positive
 from lightning_qat.schedules.open_loop import is_fraction, position_to_step
 from lightning_qat.schedules.staircase import Staircase
 
+_LEAST_DIVERGENCE = 1e-4
+
 
 @dataclass
 class _Progress:
@@ -42,7 +44,7 @@ class Plateau:
 
     It decides at the end of a validation, for the next optimizer step. The metric of a rung is compared with the best
     of the same rung; it may be worse than that of the rung before. Validations before fake quantization starts, and
-    while it is blended in, do not count.
+    while it is blended in, do not count. One that does not log the metric counts with the value logged last.
 
     Until ``end`` the rungs that are left share the steps that are left equally: that is how long each may take at
     most, so that the final width has the rest of the run for itself.
@@ -61,7 +63,8 @@ class Plateau:
             None: however long it takes.
         roll_back: Whether to go back.
         divergence: The factor by which the metric must be worse than the best of the rung before to count as diverged,
-            2 for twice the loss or half the accuracy; NaN and infinity always do.
+            2 for twice the loss or half the accuracy; NaN and infinity always do. It must be worse by more than 0.0001,
+            too, so that a best of 0 is no bound; if the metric is noisy there, give ``min_delta``.
         trial: Validations after going down that may lead back.
         max_rollbacks: How often a rung is left so; after that it is kept, come what may, as it is after ``end``.
 
@@ -168,6 +171,8 @@ class Plateau:
 
     def update(self, metrics: Mapping[str, float], step: int, start: int, total_steps: int | None) -> str | None:
         """Count a validation before optimizer step ``step``, and decide; see the protocol."""
+        if self._progress.visits and self._progress.visits[-1][0] >= step:
+            return None  # an earlier validation before the same step has decided where that goes
         passed = [visit for visit in self._visits(start, total_steps) if visit[0] < step]
         if not passed:
             return None
@@ -226,7 +231,9 @@ class Plateau:
             return not math.isfinite(value)
         is_away_from_zero = (best >= 0) == (self.mode == "min")
         bound = best * self.divergence if is_away_from_zero else best / self.divergence
-        return value > bound + self.min_delta if self.mode == "min" else value < bound - self.min_delta
+        if self.mode == "min":
+            return value > max(bound, best + _LEAST_DIVERGENCE) + self.min_delta
+        return value < min(bound, best - _LEAST_DIVERGENCE) - self.min_delta
 
     def may_go_back(self, step: int, start: int, total_steps: int | None) -> bool:
         """Return whether the rung of ``step`` may yet be left for the one before it."""

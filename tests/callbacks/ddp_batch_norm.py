@@ -15,13 +15,13 @@ warnings.simplefilter("ignore")
 
 
 class Shard(images):
-    """Other images for each rank."""
+    """Other images for each rank, and on request more of them in each batch of the first."""
 
-    rank = 0
+    rank, sizes = 0, (8, 8)
 
     def __iter__(self):
         for index, _ in enumerate(super().__iter__()):
-            yield {"x": images_at(100 * self.rank + index)}
+            yield {"x": images_at(100 * self.rank + index, self.sizes[self.rank])}
 
 
 class DDPTask(ConvTask):
@@ -35,9 +35,23 @@ class DDPTask(ConvTask):
         return images(2)
 
 
-def main() -> None:
+def train_with_uneven_batches(folder: Path) -> None:
+    """Freeze when the memory for batches is full in the first rank, but not in the second."""
+    Shard.sizes = (16, 8)
+    task = DDPTask()
+    memory_gib = 10.5 * images_at(0).nbytes / 2**30
+    callback = QATCallback("w3", batch_norm={"reestimate": 10, "freeze_at": 7, "memory_gib": memory_gib})
+    trainer = make_trainer(
+        callback, strategy="ddp", devices=2, max_steps=12, use_distributed_sampler=False, limit_val_batches=0
+    )
+    trainer.fit(task)
+    num_batches = len(callback.techniques[0]._capture.batches)
+    ended = {"modes": task.modes, "statistics": statistics(task), "num_batches": num_batches}
+    torch.save(ended, folder / f"rank{trainer.global_rank}.pt")
+
+
+def train(folder: Path) -> None:
     """Train on two ranks, and leave what each of them ended with."""
-    folder = Path(sys.argv[1])
     task = DDPTask()
     oscillation = {"freeze_threshold": 0.1, "momentum": 0.2, "start": 4}
     callback = QATCallback("w3", batch_norm=3, oscillation=oscillation)
@@ -56,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    (train_with_uneven_batches if "uneven" in sys.argv else train)(Path(sys.argv[1]))

@@ -255,10 +255,22 @@ def test_an_average_of_weights_is_validated_and_saved_with_statistics_of_its_own
     assert_same(statistics(task), statistics(loaded))  # after training the average is what stays
 
 
-def test_processes_share_one_average_and_freeze_the_same_weights(tmp_path):
+@pytest.mark.skipif(not hasattr(pl_callbacks, "EMAWeightAveraging"), reason="came with Lightning 2.6")
+@pytest.mark.parametrize("use_buffers", [True, False])
+@pytest.mark.parametrize("options", [{"limit_val_batches": 0}, {"val_check_interval": 5}, {"val_check_interval": 12}])
+def test_an_average_that_stays_has_statistics_of_its_own_wherever_the_last_validation_was(use_buffers, options):
+    average = pl_callbacks.EMAWeightAveraging(decay=0.8, use_buffers=use_buffers)
+    task = ConvTask()
+    run(task, average, batch_norm=3, max_steps=12, max_epochs=-1, **options)
+    assert_same(statistics(task), expected_statistics(task, FIRST))
+    assert "on_train_end" not in vars(task)
+    assert task.bn1.training
+
+
+def run_two_processes(folder, *arguments):
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.callbacks.ddp_batch_norm", str(tmp_path)],
+        [sys.executable, "-m", "tests.callbacks.ddp_batch_norm", str(folder), *arguments],
         cwd=root,
         env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -267,7 +279,20 @@ def test_processes_share_one_average_and_freeze_the_same_weights(tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+def test_processes_whose_memory_is_full_at_different_batches_freeze_together(tmp_path):
+    """It is in one of them when statistics freeze: had that one computed them, it would wait for the other for ever."""
+    first, second = run_two_processes(tmp_path, "uneven")
+    assert (first["num_batches"], second["num_batches"]) == (5, 10)
+    for each in (first, second):
+        assert each["modes"] == [(True, True, True)] * 7 + [(False, False, True)] * 5
+    assert_same(first["statistics"], second["statistics"])
+
+
+def test_processes_share_one_average_and_freeze_the_same_weights(tmp_path):
+    first, second = run_two_processes(tmp_path)
     for part in ("statistics", "weights", "frozen"):
         assert_same(first[part], second[part])
     for name, value in first["statistics"].items():

@@ -352,6 +352,33 @@ def test_frozen_weights_that_begin_to_train_are_noticed():
     assert "training_step" not in vars(task)
 
 
+class Counting(Classifier):
+    """Counts its calls, and trains nothing but scales."""
+
+    class Net(nn.Sequential):
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x)
+
+    def __init__(self, seed=0):
+        super().__init__(seed)
+        self.net = self.Net(*self.net).requires_grad_(False)
+        self.net.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([parameter for parameter in self.parameters() if parameter.requires_grad], self.lr)
+
+
+@pytest.mark.parametrize("save_teacher", [False, True])
+def test_a_frozen_model_that_counts_its_calls_is_distilled_and_resumed(save_teacher, tmp_path):
+    whole, resumed = Counting(), Counting(seed=9 if save_teacher else 0)
+    for task, callbacks, start in ((whole, [StepCheckpoint(tmp_path, [3])], None), (resumed, [], "step3.ckpt")):
+        callback = QATCallback("w2", scale_lr=1e-2, distillation={"save_teacher": save_teacher})
+        train(task, callback, *callbacks, ckpt_path=start and tmp_path / start)
+    assert whole.net.calls == STEPS
+    assert resumed.losses == whole.losses[3:]
+
+
 def test_resuming_with_frozen_weights_as_the_teacher_is_bit_exact(tmp_path):
     task, callback = scales_only()
     make_trainer(callback, StepCheckpoint(tmp_path, [2]), max_steps=4).fit(task, feed(token_batches()))

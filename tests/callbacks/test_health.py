@@ -7,11 +7,14 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_qat import QATCallback
 from lightning_qat.callbacks.health import HealthMonitor, print_layer_table
 from lightning_qat.nn import prepare, quantized_layers, quantized_weights, set_num_bits, weight_fake_quants
-from lightning_qat.nn.health import gradient_to_scale_ratio, layer_health
+from lightning_qat.nn.health import gradient_to_scale_ratio, layer_health, weight_sums
+from lightning_qat.nn.oscillation import OscillationState, current_codes
 from tests.helpers import TinyTask, fit
 
 SCHEMES = ["w2", "w3g8", "w4-asym", "w8", "w2g8-nozero", "w4-tensor", "w4-signed_max", "w3g5-pad", "w1", "w1.58"]
@@ -157,6 +160,27 @@ def test_the_ratio_is_logged_as_long_as_scales_are_learned(arguments, expected, 
         rows = [row for row in csv.DictReader(file) if row["qat/num_bits"]]
     assert [int(row["step"]) for row in rows] == [3, 7, 11]
     assert [int(row["step"]) for row in rows if row.get("qat/gradient_to_scale_ratio")] == expected
+
+
+class NoDoubles(TorchDispatchMode):
+    """As on an accelerator that has no float64."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        assert all(leaf.dtype != torch.float64 for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)), func
+        return result
+
+
+def test_what_is_computed_on_the_device_of_the_weights_is_not_float64():
+    model = make_model("w4", learn_scales=True)
+    model[0](torch.ones(3, 16)).square().sum().backward()
+    monitor, matrix, quantizer = HealthMonitor(), model[0].weight, model[0].weight_fake_quant
+    with NoDoubles():
+        monitor.see_gradients(model)
+        sums = weight_sums(matrix, quantizer.qparams(matrix), quantizer.rung_scheme)
+        counts = OscillationState.begin(current_codes(model[0]), can_freeze=True).counts(0.1)
+    assert sums.counts.dtype == counts.dtype == torch.int64  # exact, however large
+    assert monitor.measure(model)["gradient_to_scale_ratio"] > 0
 
 
 def test_looking_at_gradients_changes_nothing():

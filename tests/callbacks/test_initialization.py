@@ -175,3 +175,53 @@ def test_tied_layers_take_one_grid():
 
     params = QuantParams(scale)
     assert torch.allclose(dequantize(quantize(weight, params, scheme), params, scheme), weight)
+
+
+class Ratios(pl.Callback):
+    """Keeps, for every step, the learned ratio of a layer and whether the optimizer remembers anything of it."""
+
+    def __init__(self, index):
+        self.index, self.ratios, self.remembered = index, [], []
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        ratio = pl_module.net[self.index].weight_fake_quant.log_scale_ratio
+        self.ratios.append(ratio.detach().abs().max().item())
+        self.remembered.append(bool(trainer.optimizers[0].state.get(ratio)))
+
+
+INIT = {"method": "gptq", "weights": True, "calibration_data": CALIBRATION}
+
+
+def test_a_layer_whose_width_stays_learns_on_and_keeps_its_weights():
+    rules = [{"target": "*", "scheme": "w2"}, {"target": "net.0", "scheme": "w8"}]
+    wide, narrow = Ratios(0), Ratios(2)
+    fit(TinyTask(), QATCallback(rules, schedule={0: 8, 5: 2}, scale_lr=1e-2, init=INIT), wide, narrow, max_steps=8)
+    assert all(ratio > 0 for ratio in wide.ratios[1:])
+    assert all(wide.remembered[1:])
+    assert narrow.ratios[5] == 0
+    assert not narrow.remembered[5]
+    assert narrow.remembered[6]
+
+
+def test_a_rung_of_inputs_alone_leaves_weights_as_they_are():
+    schedule = {"name": "staggered", "weights": [4], "activations": {0: 16, 5: 8}}
+    seen = Ratios(0)
+    fit(TinyTask(), QATCallback("w4a8", schedule=schedule, scale_lr=1e-2, init=INIT), seen, max_steps=8)
+    assert all(ratio > 0 for ratio in seen.ratios[1:])
+
+
+def test_a_second_fit_goes_on_from_what_was_learned():
+    task, seen = TinyTask(), Ratios(0)
+    callback = QATCallback("w4", scale_lr=1e-2, init=INIT)
+    fit(task, callback, max_steps=5)
+    fit(task, callback, seen, max_steps=5)
+    assert seen.ratios[0] > 0
+
+
+def test_layers_that_are_only_rounded_are_told_of():
+    class Partial(TinyTask):
+        def forward(self, x):
+            return self.net[2](x.new_ones(len(x), 32)) + 0 * self.net[0](x[:0]).sum()
+
+    with pytest.warns(UserWarning, match=r"init: .*layers begin as rounded to nearest: .*net\.0"):
+        fit(Partial(), QATCallback("w4", scale_lr=1e-2, init=INIT), max_steps=2)

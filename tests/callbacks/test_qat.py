@@ -565,3 +565,68 @@ def test_learned_scales_may_have_the_learning_rate_of_the_weights():
     assert scales["weight_decay"] == 0 < weights["weight_decay"]
     with pytest.raises(TypeError, match="scale_lr"):
         QATCallback("w4", scale_lr="sane")
+
+
+@pytest.mark.parametrize("scheme", ["w8", "w4"])
+def test_clipping_leaves_learned_scales_out(scheme):
+    """Their gradients grow with the number of levels, and would take the whole norm."""
+
+    class Norms(pl.Callback):
+        def __init__(self):
+            self.before, self.after = {}, {}
+
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            self.before = {name: p.grad.clone() for name, p in pl_module.named_parameters()}
+
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            self.after = {name: p.grad.clone() for name, p in pl_module.named_parameters() if p.grad is not None}
+
+    norms = Norms()
+    fit(TinyTask(), QATCallback(scheme, scale_lr=1e-3), norms, max_steps=1, gradient_clip_val=1e-3)
+    scales = {name for name in norms.before if name.endswith("log_scale_ratio")}
+    assert scales
+    assert all(torch.equal(norms.after[name], norms.before[name]) for name in scales)
+    rest = [gradient.flatten() for name, gradient in norms.after.items() if name not in scales]
+    assert torch.cat(rest).norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_a_longer_run_goes_on_with_scales_that_were_learned_and_frozen(tmp_path):
+    task = TinyTask()
+    fit(task, QATCallback("w4", scale_lr=1e-2, freeze_at=0.5), max_steps=20).save_checkpoint(tmp_path / "frozen.ckpt")
+    expected = task.net[0].weight_fake_quant.log_scale_ratio.detach().clone()
+    assert expected.abs().max() > 0
+    seen = []
+
+    class See(pl.Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            seen.append(pl_module.net[0].weight_fake_quant.log_scale_ratio.detach().clone())
+
+    longer = QATCallback("w4", scale_lr=1e-2, freeze_at=0.9)
+    fit(TinyTask(), longer, See(), max_steps=40, max_epochs=2, ckpt_path=tmp_path / "frozen.ckpt")
+    assert torch.equal(seen[0], expected)
+    assert not torch.equal(seen[-1], expected)
+
+
+def test_loading_a_part_of_a_state_dict_leaves_other_layers_grids_alone():
+    task = TinyTask()
+    fit(task, QATCallback("w4a8-static", scale_lr=1e-2, activation_calibration_steps=2), max_steps=6)
+    before = copy.deepcopy(task.state_dict())
+    task.load_state_dict({"net.2.bias": torch.zeros(8)}, strict=False)
+    after = task.state_dict()
+    assert torch.equal(
+        after["net.0.weight_fake_quant.log_scale_ratio"], before["net.0.weight_fake_quant.log_scale_ratio"]
+    )
+    assert not task.net[0].weight_fake_quant.is_stale
+    assert task.net[0].input_fake_quant.is_calibrated
+    task.load_state_dict({"net.0.weight": torch.randn(32, 16)}, strict=False)
+    assert task.net[0].weight_fake_quant.is_stale
+    assert not task.net[0].input_fake_quant.is_calibrated
+
+
+def test_parameters_without_an_order_are_refused_as_by_torch():
+    class Unordered(TinyTask):
+        def configure_optimizers(self):
+            return torch.optim.AdamW([{"params": set(self.parameters())}], 1e-3)
+
+    with pytest.raises(TypeError, match="order"):
+        fit(Unordered(), QATCallback("w4", scale_lr=1e-2), max_steps=1)

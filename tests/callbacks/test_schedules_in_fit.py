@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import lightning.pytorch as pl
 import pytest
@@ -120,6 +121,27 @@ def test_weights_and_inputs_have_widths_of_their_own(name, capsys):
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     first = {"weights first": "16 bits from step 0, 8 bits from step 9", "activations first": "8 bits from step 0"}
     assert f"of 12; inputs: {first[name]}; scales frozen from step 9" in text
+
+
+INPUTS_LAST = {"name": "staggered", "weights": [4], "activations": {0: 8, 9: 4}}
+
+
+def test_scales_do_not_freeze_before_the_last_rung_of_inputs():
+    with pytest.raises(QATConfigurationError, match=r"at step 8, before the last rung \(inputs at 4 bits\).*step 9"):
+        fit(TinyTask(), QATCallback("w4a4", schedule=INPUTS_LAST, freeze_at=8), max_steps=12)
+    drift = {"drift_below": 100.0, "every_n_steps": 2}
+    with pytest.raises(QATConfigurationError, match="from step 9 to step 11"):
+        fit(TinyTask(), QATCallback("w4a4", schedule=INPUTS_LAST, freeze_at=drift), max_steps=11)
+    callback = QATCallback("w4a4", schedule=INPUTS_LAST, freeze_at=drift)
+    fit(TinyTask(), callback, max_steps=14)
+    assert callback.timeline.freeze_step == 11
+    assert [callback.timeline.is_frozen(step) for step in (10, 11)] == [False, True]
+
+
+def test_the_rungs_of_inputs_count_when_the_best_checkpoint_is_kept(tmp_path):
+    callback, checkpoint = QATCallback("w4a4", schedule=INPUTS_LAST), ModelCheckpoint(tmp_path, monitor="val/loss")
+    with pytest.warns(UserWarning, match="whose best value an annealed run"):
+        fit(TinyTask(), callback, checkpoint, max_steps=12, val_check_interval=4, enable_checkpointing=True)
 
 
 def test_a_run_that_stops_before_the_last_rung_of_inputs_warns():
@@ -431,6 +453,82 @@ def test_gradients_of_the_weights_that_are_gone_are_dropped():
     fit(task, callback, widths, max_steps=12, val_check_interval=5, accumulate_grad_batches=3)
     assert callback.timeline.rungs[:3] == ((0, 8), (4, 2), (7, 8))
     assert runs(widths.weights)[:2] == [[8, 12], [2, 9]]
+
+
+def test_a_second_validation_in_the_same_accumulation_leaves_it_at_going_back():
+    """Before step 2 a validation finds that 2 bits diverged, and another one finds it again."""
+    callback = QATCallback("w2", schedule=plateau([8, 2], end=None))
+    options = {"max_steps": 12, "val_check_interval": 2, "accumulate_grad_batches": 4}
+    fit(Scripted(diverges_at(1, 2)), callback, **options)
+    assert callback.timeline.rungs[:3] == ((0, 8), (1, 2), (2, 8))
+
+
+class Look(pl.Callback):
+    """Keeps width and weight of the first layer as a step finds them."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_before_backward(self, trainer, pl_module, loss):
+        if trainer.global_step == self.step:
+            layer = pl_module.net[0]
+            self.bits, self.weight = layer.weight_fake_quant.num_bits, layer.weight.detach().clone()
+
+
+@pytest.mark.filterwarnings("ignore:The checkpoint was trained at 4 bits")
+@pytest.mark.parametrize(
+    ("script", "steps", "rungs"),
+    [
+        (lambda step: -step, 36, ((0, 8), (16, 4), (32, 2))),
+        (lambda step: {2: 1, 4: 1, 6: 9}.get(step, -step), 30, ((0, 8), (4, 4), (6, 8), (16, 4), (27, 2))),
+    ],
+    ids=["never", "before"],
+)
+def test_a_longer_run_whose_plan_is_wider_goes_on_with_its_weights(script, steps, rungs, tmp_path):
+    """At 4 bits since its time had come at step 16, and resumed with more time: not the same as going back.
+
+    There was no validation since, so that the plan for the longer run has that rung later.
+    """
+    schedule, options = plateau([8, 4, 2], end=0.9, max_rollbacks=2), {"val_check_interval": 2}
+    first, at_first, then = QATCallback("w2", schedule=schedule), Look(17), Look(17)
+    fit(Scripted(script), first, StepCheckpoint(tmp_path, [17]), at_first, max_steps=steps, **options)
+    second = QATCallback("w2", schedule=schedule)
+    fit(Scripted(script, seed=9), second, then, max_steps=90, ckpt_path=tmp_path / "step17.ckpt", **options)
+    assert first.timeline.rungs == rungs
+    assert (at_first.bits, then.bits) == (4, 8)
+    assert torch.equal(at_first.weight, then.weight)
+
+
+class Moments(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor
+
+
+class KeepsNamedTuples(torch.optim.SGD):
+    """Remembers more than tensors and lists."""
+
+    def step(self, closure=None):
+        loss = super().step(closure)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                weight = parameter.detach().clone()
+                self.state[parameter]["moments"] = Moments(weight, weight**2)
+        return loss
+
+
+def test_the_state_of_any_optimizer_is_kept():
+    class Task(Scripted):
+        def configure_optimizers(self):
+            return KeepsNamedTuples(self.parameters(), 1e-3)
+
+    class Watch(pl.Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            if trainer.global_step == 12:
+                kept.extend(callback._closed_loop.state_dict()["memory"]["optimizers"])
+
+    kept, callback = [], QATCallback("w2", schedule=plateau([8, 2], end=None))
+    fit(Task(lambda step: 1.0), callback, Watch(), max_steps=14, val_check_interval=5)
+    assert isinstance(kept[0][0]["moments"], Moments)
 
 
 def test_what_is_kept_is_given_up_after_the_trial():

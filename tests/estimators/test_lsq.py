@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from lightning_qat.core import QuantScheme, group_view
+from lightning_qat.core import QuantScheme, group_view, round_scale
 from lightning_qat.estimators import ClippedSTE
-from lightning_qat.estimators.lsq import log_scale, lsq_factor, scale_gradient
+from lightning_qat.estimators.lsq import log_scale, lsq_factor, round_straight_through, scale_gradient
 from lightning_qat.nn import FakeQuantizeConfig, WeightFakeQuantize
 from lightning_qat.observers import MinMaxObserver, MSEObserver
 
@@ -13,7 +13,7 @@ SCHEMES = ["w4", "w3g16", "w2", "w2g16-nozero", "w1.58", "w1", "w4-tensor", "w8"
 
 
 def quantizer_for(text, weight, observer=None):
-    config = FakeQuantizeConfig(QuantScheme.parse(text), observer or MSEObserver(), ClippedSTE(margin=0.0), True)
+    config = FakeQuantizeConfig(QuantScheme.parse(text), observer or MSEObserver(), ClippedSTE(), True)
     quantizer = WeightFakeQuantize(config, *weight.shape)
     quantizer.observe(weight)
     return quantizer
@@ -101,3 +101,56 @@ def test_far_from_where_it_began_a_step_is_that_of_lsq_or_smaller(ratio, expecte
     (3.0 * scale).sum().backward()
     change = scale.item() * log_ratio.grad.item()  # ds = s * d(log s)
     assert change == pytest.approx(0.1 * 3.0 * expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("text", ["w3", "w2g16-nozero", "w4-asym"])
+def test_weights_get_the_gradient_of_the_estimator_and_scales_that_of_lsq_whatever_its_margin(text, margin):
+    weight, upstream = torch.randn(6, 48) * 0.1, torch.randn(6, 48)
+    scheme = QuantScheme.parse(text)
+    learned = WeightFakeQuantize(FakeQuantizeConfig(scheme, MSEObserver(), ClippedSTE(margin), True), *weight.shape)
+    fixed = WeightFakeQuantize(FakeQuantizeConfig(scheme, MSEObserver(), ClippedSTE(margin)), *weight.shape)
+    gradients, outputs = [], []
+    for quantizer in (learned, fixed):
+        quantizer.observe(weight)
+        leaf = weight.clone().requires_grad_()
+        outputs.append(quantizer(leaf))
+        outputs[-1].backward(upstream)
+        gradients.append(leaf.grad)
+    assert torch.equal(*outputs)
+    assert torch.allclose(*gradients, rtol=1e-6, atol=0)  # the estimator multiplies and divides by the scale
+    other = WeightFakeQuantize(FakeQuantizeConfig(scheme, MSEObserver(), ClippedSTE(0.25), True), *weight.shape)
+    other.observe(weight)
+    other(weight).backward(upstream)
+    assert torch.equal(learned.log_scale_ratio.grad, other.log_scale_ratio.grad)
+
+
+def test_learned_scales_with_an_init_by_mse_do_not_shrink_below_what_lsq_finds():
+    """Weights fixed: the scale alone goes down the error of the weights, from where a search put it."""
+    weight = torch.randn(16, 256, generator=torch.Generator().manual_seed(0))
+    quantizer = quantizer_for("w2", weight)
+    before = (quantizer(weight) - weight).square().mean().item()
+    optimizer = torch.optim.Adam([quantizer.log_scale_ratio], 1e-2)
+    for _ in range(200):
+        optimizer.zero_grad()
+        (quantizer(weight) - weight).square().mean().backward()
+        optimizer.step()
+    assert (quantizer(weight) - weight).square().mean().item() < 1.05 * before
+
+
+def test_a_channel_that_is_almost_dead_is_not_thrown_beyond_measure():
+    weight = torch.randn(8, 64)
+    weight[0] *= 1e-6
+    quantizer = quantizer_for("w4", weight)
+    quantizer(weight).backward(torch.randn(8, 64))
+    gradient = quantizer.log_scale_ratio.grad
+    assert gradient[0].abs() < 10 * gradient[1:].abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounding_a_scale_to_its_type_does_not_round_its_gradient(dtype):
+    scale, upstream = torch.tensor([0.1, 0.37], requires_grad=True), torch.tensor([1e9, 1.234567e-12])
+    rounded = round_straight_through(scale, dtype)
+    assert torch.equal(rounded, round_scale(scale.detach(), dtype))
+    rounded.backward(upstream)
+    assert torch.equal(scale.grad, upstream)

@@ -96,6 +96,23 @@ def test_a_failure_leaves_everything_as_it_was():
     assert all(module.training for module in net.modules())
 
 
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_statistics_that_became_nan_are_replaced_and_those_of_a_layer_that_is_not_called_stay(broken):
+    net, data = make_net(), batches()
+    expected = torch_reference(net, data)
+    with torch.no_grad():
+        for norm in (net.bn1, net.bn2, net.unused):
+            norm.running_mean.fill_(broken)
+            norm.running_var.fill_(7.0)
+    reestimate(net, list(batch_norms(net).values()), lambda index: net(data[index]), len(data))
+    for name in ("bn1", "bn2"):
+        for statistic in ("running_mean", "running_var"):
+            found, wanted = (each.get_submodule(name).get_buffer(statistic) for each in (net, expected))
+            assert torch.equal(found, wanted)
+    assert net.unused.running_mean.tolist() == pytest.approx([broken] * 4, nan_ok=True)
+    assert net.unused.running_var.tolist() == [7.0] * 4
+
+
 def test_processes_are_averaged():
     net, data = make_net(), batches()
     alone = torch_reference(net, data)

@@ -63,6 +63,26 @@ def test_a_class_without_probability_counts_nothing():
     assert torch.isfinite(student.grad).all()
 
 
+@pytest.mark.parametrize("low", [-torch.inf, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_a_class_that_both_rule_out_counts_nothing(low, temperature):
+    """As tokens that both are kept from: the rest is compared as if there were no such class."""
+    kept, target = random(4, 5, dtype=torch.float32).requires_grad_(), random(4, 5, seed=1, dtype=torch.float32)
+    ruled_out = torch.full((4, 2), low)
+    student = torch.cat([kept.detach(), ruled_out], dim=-1).requires_grad_()
+    loss = kl_divergence(student, torch.cat([target, ruled_out], dim=-1), temperature)
+    expected = kl_divergence(kept, target, temperature)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(student.grad[:, :5], kept.grad)
+    assert torch.equal(student.grad[:, 5:], torch.zeros(4, 2))
+
+
+def test_a_class_that_the_student_alone_rules_out_is_infinitely_far():
+    assert kl_divergence(torch.tensor([[0.0, -torch.inf]]), torch.tensor([[0.0, 0.0]])) == torch.inf
+
+
 def test_kl_with_classes_elsewhere_is_that_with_classes_last():
     student, teacher = random(2, 5, 3, 4), random(2, 5, 3, 4, seed=1)
     expected = kl_divergence(student.permute(0, 2, 3, 1), teacher.permute(0, 2, 3, 1))
@@ -250,6 +270,22 @@ def test_a_model_with_statistics_that_move_is_no_teacher_of_its_own():
     assert keeps_float_weights(prepared(norm=False).requires_grad_(False))
     with pytest.raises(DistillationError, match="teacher='copy'"):
         OwnWeights(net)
+
+
+def test_a_model_that_counts_its_calls_is_no_teacher_of_its_own():
+    net = prepared(norm=False).requires_grad_(False)
+    net.register_buffer("cache", torch.zeros(3), persistent=False)
+    assert keeps_float_weights(net)
+    net.register_buffer("calls", torch.zeros((), dtype=torch.long))
+    assert not keeps_float_weights(net)
+
+
+def test_a_teacher_goes_to_the_device_of_the_student_if_it_is_on_one():
+    table, spread = nn.Module(), nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    table.register_buffer("logits", torch.zeros(3))
+    for teacher, devices in ((table, {"meta"}), (nn.Linear(2, 2), {"meta"}), (spread, {"cpu", "meta"})):
+        ModuleTeacher(teacher).suit(nn.Linear(2, 2), torch.device("meta"))
+        assert {weight.device.type for weight in weights_of(teacher).values()} == devices
 
 
 def test_own_weights_that_change_are_noticed_unless_they_come_back_as_they_were():

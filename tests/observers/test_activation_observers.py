@@ -202,3 +202,20 @@ def test_mse_is_no_worse_than_the_histogram_observer_of_pytorch(bits):
 def test_bad_arguments_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
         build(spec, ACTIVATION_OBSERVERS, "activation observer")
+
+
+def test_counts_go_beyond_what_float32_can_count_one_by_one():
+    x = torch.cat([torch.zeros(2**24 + 1000), torch.ones(3)])
+    histogram = Histogram(num_bins=64)
+    counts = histogram.counts(histogram.collect(x))
+    assert counts.max().item() == 2**24 + 1000
+    assert counts.sum().item() == pytest.approx(2**24 + 1003, abs=2)
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATION_OBSERVERS))
+def test_statistics_are_float32_whatever_the_default_type(name):
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert ACTIVATION_OBSERVERS[name]().empty().dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -99,6 +99,9 @@ def test_it_stays_if_the_metric_is_worse_by_less_or_later(losses):
         ("min", -4.0, -2.0, -1.9),  # a log-likelihood, negated
         ("max", -4.0, -8.0, -8.1),
         ("min", 0.0, 0.0, 0.1),
+        ("min", 0.0, 1e-9, 1e-3),
+        ("min", -1e-9, 1e-9, 1e-3),
+        ("max", 0.0, -1e-9, -1e-3),
     ],
 )
 def test_divergence_is_a_factor_whatever_the_sign(mode, best, kept, diverged):
@@ -134,6 +137,18 @@ def test_the_end_is_kept_come_what_may():
         120: "val/loss is nan after going to 4 bits, and training goes on there"
     }
     assert schedule.rungs(0, 1000) == [(0, 8), (100, 4)]
+
+
+def test_a_second_validation_before_the_same_step_does_not_undo_what_the_first_decided():
+    for losses, rungs in (([1.0, 1.0], [(0, 8), (20, 4)]), ([1.0, 1.0, 9.0], [(0, 8), (20, 4), (30, 8)])):
+        schedule = Plateau([8, 4, 2], patience=1, end=None)
+        feed(schedule, losses)
+        state = copy.deepcopy(schedule.state_dict())
+        step = 10 * len(losses)
+        for loss in (9.0, 0.5):
+            assert schedule.update({"val/loss": loss}, step, 0, None) is None
+        assert schedule.rungs(0, None) == rungs
+        assert schedule.state_dict() == state
 
 
 def test_roll_back_can_be_switched_off():

@@ -4,35 +4,32 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from numbers import Integral
 from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch import callbacks as pl_callbacks
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
+from lightning_qat.callbacks.averaging import has_weight_average
 from lightning_qat.callbacks.calibration import make_step, try_step
 from lightning_qat.callbacks.capture import BatchCapture
 from lightning_qat.callbacks.errors import QATConfigurationError
 from lightning_qat.callbacks.evaluation import is_last_validation
-from lightning_qat.callbacks.isolation import isolate_randomness
+from lightning_qat.callbacks.hooks import remove_patch, run_around
+from lightning_qat.callbacks.isolation import aside
 from lightning_qat.callbacks.ptq_arguments import check_calibration_data
 from lightning_qat.callbacks.techniques.positions import find_step
 from lightning_qat.callbacks.techniques.technique import Technique
 from lightning_qat.callbacks.timeline import Timeline, check_position
 from lightning_qat.core.checks import check_positive
-from lightning_qat.nn import static_inputs
 from lightning_qat.nn.batch_norm import batch_norms, reestimate
 from lightning_qat.nn.calibrate import GIB, make_runner
-
-_AVERAGING = getattr(pl_callbacks, "WeightAveraging", ())
 
 
 class BatchNorm(Technique):
@@ -44,6 +41,10 @@ class BatchNorm(Technique):
     to the bit. The module's ``calibration_step(batch)`` runs, or its ``forward`` on what that takes from the batch, in
     evaluation mode (no dropout) but for the layers themselves. Layers that do not train, keep no statistics, or are not
     batch normalization are left alone.
+
+    Beside an average of weights (EMA) it is the average that statistics are computed for, in validation and after
+    training. Checkpoints of the average have them if they are saved after a validation and before the next step: for
+    the last checkpoint to have them, validate at the last step.
 
     Args:
         reestimate: Number of training batches to compute statistics from: copies of the first ones of the run (those
@@ -164,8 +165,11 @@ class BatchNorm(Technique):
 
     def _freeze(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Freeze the layers; every time, since callbacks and modules put layers into training mode again."""
-        if not self._is_frozen and (self._is_complete or self.calibration_data is not None):
-            self._run(trainer, pl_module)
+        if not self._is_frozen:
+            # The memory for copies may be full at another batch in another process, and all of them must take part.
+            is_ready = self._is_complete or self.calibration_data is not None
+            if _least(trainer, is_ready):
+                self._run(trainer, pl_module)
         self._is_frozen = True
         for norm in self._in_training:
             norm.training = False
@@ -189,7 +193,7 @@ class BatchNorm(Technique):
         if not self._in_training and not self._is_frozen:
             rank_zero_warn("batch_norm has no effect: no batch normalization of the model is in training mode.")
         what_fails = f"batch_norm cannot compute statistics of {type(pl_module).__name__}"
-        with _aside(pl_module):
+        with aside(pl_module):
             try_step(trainer, pl_module, self._batches, what_fails, "batch", ", or set reestimate=None")
 
     @override
@@ -199,9 +203,8 @@ class BatchNorm(Technique):
         """Compute statistics before the first batch; by then an average of weights has taken the place of the last."""
         if batch_idx > 0 or dataloader_idx > 0 or trainer.sanity_checking or not self._in_training:
             return
-        is_average = any(isinstance(callback, _AVERAGING) for callback in trainer.callbacks)  # type: ignore[attr-defined]
-        if is_average and not self._is_frozen:
-            self._run(trainer, pl_module)
+        if has_weight_average(trainer):
+            self._update_average(trainer, pl_module)
         else:
             self._bring_up_to_date(trainer, pl_module)
 
@@ -214,12 +217,26 @@ class BatchNorm(Technique):
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compute statistics for what is saved after training, and put the layers back into training mode."""
-        self._bring_up_to_date(trainer, pl_module)
+        if has_weight_average(trainer):  # which takes the place of the weights only now, in a later callback
+            run_around(pl_module, "on_train_end", lambda call: self._end_with_average(trainer, pl_module, call))
+        else:
+            self._bring_up_to_date(trainer, pl_module)
+            self._unfreeze()
+
+    def _end_with_average(self, trainer: pl.Trainer, pl_module: pl.LightningModule, call: Callable[[], Any]) -> Any:
+        self._update_average(trainer, pl_module)
         self._unfreeze()
+        return call()
+
+    def _update_average(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Compute statistics of the average that stands in for the weights, unless they are frozen."""
+        if not self._is_frozen:
+            self._run(trainer, pl_module)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Put the layers back into training mode."""
+        """Put the layers back into training mode, and leave no patch behind."""
+        remove_patch(pl_module, "on_train_end")
         self._unfreeze()
 
     def _unfreeze(self) -> None:
@@ -239,16 +256,14 @@ class BatchNorm(Technique):
 
     def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Compute the statistics anew."""
-        batches, num_batches = self._batches, len(self._batches)
+        batches = self._batches
         if self.reestimate is None or not self._in_training or not batches:
             return
-        if trainer.world_size > 1:
-            # Synchronized layers wait for the other processes, so that all must run as many batches.
-            count = torch.tensor(float(num_batches), device=trainer.strategy.root_device)
-            num_batches = int(trainer.strategy.reduce(count, reduce_op="min"))
+        # Synchronized layers wait for the other processes, so that all must run as many batches.
+        num_batches = int(_least(trainer, len(batches)))
         run = make_runner(pl_module, batches, make_step(trainer, pl_module))
         average = functools.partial(trainer.strategy.reduce, reduce_op="mean")
-        with _aside(pl_module):
+        with aside(pl_module):
             reestimate(pl_module, self._in_training, run, num_batches, average)
 
     # -------------------------------------------------------------------------------------------- checkpoints
@@ -284,15 +299,9 @@ class BatchNorm(Technique):
             )
 
 
-@contextmanager
-def _aside(pl_module: pl.LightningModule) -> Iterator[None]:
-    """Run what is no part of training: without gradients, a trace in random numbers, or the observers of inputs."""
-    observing = [quantizer for quantizer in static_inputs(pl_module).values() if quantizer.is_observing]
-    for quantizer in observing:
-        quantizer.is_observing = False
-    try:
-        with torch.inference_mode(False), torch.no_grad(), isolate_randomness([]):
-            yield
-    finally:
-        for quantizer in observing:
-            quantizer.is_observing = True
+def _least(trainer: pl.Trainer, number: float) -> float:
+    """Return the least that any process has; all of them must call this."""
+    if trainer.world_size == 1:
+        return number
+    own = torch.tensor(float(number), device=trainer.strategy.root_device)
+    return float(trainer.strategy.reduce(own, reduce_op="min"))

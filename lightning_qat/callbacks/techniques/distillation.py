@@ -131,7 +131,6 @@ class Distillation(Technique):
     @override
     def on_fit_checked(self, trainer: pl.Trainer, pl_module: pl.LightningModule, timeline: Timeline) -> None:
         """Bring the teacher to where the student is, and see whether it has the layers."""
-        assert self._teacher is not None
         name, student = find_student(pl_module, self.module)
         with as_configuration_error():
             if isinstance(self._teacher, ModuleTeacher):
@@ -140,8 +139,8 @@ class Distillation(Technique):
                 is_of_float_run = self._restored is None and trainer.ckpt_path is not None
                 saved = (self._restored or {}).get("weights")
                 settle_copy(self._teacher.module, weights_of(unwrap(student)) if is_of_float_run else saved)
-            if isinstance(self._teacher, OwnWeights):
-                self._teacher = OwnWeights(student)  # with the weights of a checkpoint
+            if self._teacher is None:
+                self._teacher = OwnWeights(student)
             self._distiller = Distiller(student, self._teacher, self.objective, self.hidden, name)
         self._totals = self._totals.to(pl_module.device)
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_qat.callbacks.calibration import make_step, sample_training_batches, try_calibration
@@ -18,13 +19,13 @@ from lightning_qat.callbacks.isolation import isolate_randomness
 from lightning_qat.callbacks.ptq_arguments import check_calibration_data
 from lightning_qat.callbacks.techniques.technique import Technique
 from lightning_qat.callbacks.timeline import Timeline
-from lightning_qat.core import PTQMethod, QuantizedWeight
+from lightning_qat.core import PTQMethod
 from lightning_qat.core.checks import check_positive
 from lightning_qat.core.registry import build
 from lightning_qat.nn import Plan, restore_float, weight_fake_quants
 from lightning_qat.nn.forward import evaluation_mode
 from lightning_qat.nn.plan import plan_as_prepared
-from lightning_qat.nn.sweep import sweep
+from lightning_qat.nn.sweep import PTQResults, sweep
 from lightning_qat.observers import MSEObserver
 from lightning_qat.ptq import PTQ_METHODS
 
@@ -88,16 +89,18 @@ class Initialization(Technique):
 
     @override
     def on_new_rung(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Find grids, and weights, for the rung."""
-        if any(not layer.weight_fake_quant.pass_through for _, layer in weight_fake_quants(pl_module)):
+        """Find grids, and weights, of the layers whose width has changed."""
+        quantizers = {name: layer.weight_fake_quant for name, layer in weight_fake_quants(pl_module)}
+        names = [name for name, each in quantizers.items() if each.has_new_grid and not each.pass_through]
+        if names:
             with torch.inference_mode(False), torch.no_grad(), isolate_randomness([]):
-                self._adopt(pl_module, self._quantize(trainer, pl_module))
+                self._adopt(pl_module, self._quantize(trainer, pl_module), names)
 
     @override
     def on_rung_restored(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave the grids and weights as they were trained."""
 
-    def _quantize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, QuantizedWeight]:
+    def _quantize(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> PTQResults:
         twin = _snapshot(pl_module).copy()
         num_bits = min(layer.weight_fake_quant.num_bits for _, layer in weight_fake_quants(pl_module))
         plan = plan_as_prepared(twin, num_bits)
@@ -105,7 +108,7 @@ class Initialization(Technique):
         plan = Plan(tuple(replace(each, scheme=replace(each.scheme, activation=None)) for each in plan.layers), {})
         restore_float(twin)
         with evaluation_mode(twin):
-            results = sweep(
+            return sweep(
                 twin,
                 plan,
                 self._batches,
@@ -116,18 +119,25 @@ class Initialization(Technique):
                 unseen="rtn",
                 sequential=self.sequential,
             )
-        return results.weights[self.name, num_bits]
 
-    def _adopt(self, pl_module: pl.LightningModule, found: Mapping[str, QuantizedWeight]) -> None:
-        for name, layer in weight_fake_quants(pl_module):
-            quantized, quantizer = found[name], layer.weight_fake_quant
+    def _adopt(self, pl_module: pl.LightningModule, results: PTQResults, names: Sequence[str]) -> None:
+        (found,) = results.weights.values()
+        layers = dict(weight_fake_quants(pl_module))
+        for name in names:
+            quantized, layer, quantizer = found[name], layers[name], layers[name].weight_fake_quant
             if quantized.input_scale is not None:
                 raise QATConfigurationError(f"init: {self.method} scales the inputs of {name}, which training cannot.")
-            if quantizer.pass_through:
-                continue
             quantizer.adopt(quantized.params)
             if self.weights:
                 layer.weight.copy_(layer.from_matrix(quantized.dequantize(), layer.weight))
+        if rounded := [report for report in results.fallbacks() if report.layer in names]:
+            reasons = "; ".join(f"{report.layer}: {report.fallback}" for report in rounded)
+            rank_zero_warn(f"init: {len(rounded)} of {len(names)} layers begin as rounded to nearest: {reasons}.")
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Keep no batches in memory."""
+        self._batches = []
 
     @override
     def describe(self) -> str:

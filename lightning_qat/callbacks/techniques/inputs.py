@@ -19,6 +19,7 @@ from lightning_qat.callbacks.techniques.technique import Technique
 from lightning_qat.callbacks.timeline import Timeline, first_quantized
 from lightning_qat.core.checks import check_positive
 from lightning_qat.nn import InputFakeQuantize, Rule, StaticInputFakeQuantize, quantized_layers, static_inputs
+from lightning_qat.nn.forward import find_mask
 from lightning_qat.nn.input_calibration import take_batch
 
 DEFAULT_STEPS = 32
@@ -34,14 +35,13 @@ class Inputs(Technique):
 
     Only what training batches feed a layer between ``on_train_batch_start`` and the end of the backward pass counts
     (under manual optimization, until ``on_train_batch_end``): whether a module is in training mode says neither that it
-    is trained on nor that it is not.
+    is trained on nor that it is not. Tokens that the batch's ``attention_mask`` leaves out do not count.
 
     Args:
         steps: Optimizer steps of the calibration. Default: 32, or a tenth of a shorter run.
     """
 
     name: ClassVar[str] = "inputs"
-    shorthand: ClassVar[str] = "steps"
 
     def __init__(self, steps: int | None = None) -> None:
         check_positive(steps, "activation_calibration_steps", Integral)
@@ -108,11 +108,6 @@ class Inputs(Technique):
     # ------------------------------------------------------------------------------------------------- during
 
     @override
-    def on_rung_restored(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Go on with a calibration that was not over when the rung was left."""
-        self._waiting = {name: each for name, each in static_inputs(pl_module).items() if not each.is_settled}
-
-    @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -128,7 +123,7 @@ class Inputs(Technique):
             self._last_step = trainer.global_step
             self._begin_step()
         for quantizer in self._waiting.values():
-            quantizer.is_observing = True
+            quantizer.observe(find_mask(batch))
 
     def _find_waiting(self) -> None:
         self._waiting = {name: each for name, each in self._quantizers.items() if not each.is_settled}
@@ -177,7 +172,7 @@ class Inputs(Technique):
 
     def _stop(self) -> None:
         for quantizer in self._waiting.values():
-            quantizer.is_observing = False
+            quantizer.stop_observing()
 
     def _take(self, step: int) -> None:
         """Find grids anew; those of layers that no batch has reached in time only now and then, since it has a cost."""
