@@ -42,6 +42,24 @@ def check_callbacks(callbacks: Sequence[pl.Callback], qat: pl.Callback) -> None:
                 )
 
 
+def check_pruning(callbacks: Sequence[pl.Callback], writers: Sequence[str]) -> None:
+    """Check that no technique writes into weights that are masked before every forward pass.
+
+    Args:
+        callbacks: Those of the Trainer.
+        writers: Names of the techniques that change weights, or their gradients, themselves.
+
+    Raises:
+        QATConfigurationError: If one does.
+    """
+    if writers and any(isinstance(callback, pl_callbacks.ModelPruning) for callback in callbacks):
+        raise QATConfigurationError(
+            f"ModelPruning computes weights from masks before every forward pass, so that what {writers[0]} does to "
+            "them would be lost. Prune in a run before this one, or let "
+            f"{writers[0]} only look: oscillation=True, init without weights."
+        )
+
+
 def warn_of_monitors(callbacks: Sequence[pl.Callback], num_rungs: int) -> None:
     """Warn of callbacks that take the best value of a metric, which a wide rung has and the last one has not."""
     if num_rungs < 2:
@@ -88,13 +106,13 @@ def warn_if_wider(before: float, after: float) -> None:
 
 
 def check_scales_are_optimized(scales: Mapping[str, nn.Parameter], optimizers: Sequence[Any]) -> None:
-    """Check that an optimizer holds every learned scale.
+    """Check that an optimizer holds every learned scale, but for those that a callback has frozen with their layer.
 
     Raises:
         QATConfigurationError: If one is in none.
     """
     optimized = {p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    missing = [name for name, scale in scales.items() if scale not in optimized]
+    missing = [name for name, scale in scales.items() if scale.requires_grad and scale not in optimized]
     if missing:
         raise QATConfigurationError(
             f"{len(missing)} learned scales are in no optimizer, among them {missing[0]}. Give configure_optimizers "

@@ -20,6 +20,7 @@ from lightning.pytorch.trainer import call
 from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
@@ -60,15 +61,26 @@ class Snapshot:
         return bool(quantized_layers(self.shell))
 
     def copy(self) -> pl.LightningModule:
-        """Return a copy."""
+        """Return a copy, whose pruned weights are parameters again."""
         own = {key: each if isinstance(each, nn.Parameter) else each.clone() for key, each in self.weights.items()}
-        return copy_module(self.shell, own)
+        twin = copy_module(self.shell, own)
+        _make_pruning_permanent(twin)
+        return twin
 
     def copy_float(self) -> pl.LightningModule:
         """Return a copy without fake quantization."""
         twin = self.copy()
         restore_float(twin)
         return twin
+
+
+def _make_pruning_permanent(twin: pl.LightningModule) -> None:
+    """Apply masks for good: a weight that is computed before every forward pass takes no other values."""
+    for module in twin.modules():
+        masked = [name.removesuffix("_mask") for name in module._buffers if name.endswith("_mask")]
+        for name in masked:
+            if f"{name}_orig" in module._parameters:
+                prune.remove(module, name)  # type: ignore[no-untyped-call]
 
 
 def _weights_of(pl_module: pl.LightningModule) -> list[Tensor]:

@@ -19,6 +19,7 @@ from lightning_qat.callbacks.arguments import build_schedule
 from lightning_qat.callbacks.bypass import BypassCheck
 from lightning_qat.callbacks.checks import (
     check_callbacks,
+    check_pruning,
     check_scales_are_optimized,
     warn_if_wider,
     warn_of_monitors,
@@ -31,6 +32,7 @@ from lightning_qat.callbacks.health import HealthMonitor, print_layer_table
 from lightning_qat.callbacks.hooks import hidden_gradients, remove_patch, run_around, separate_param_group
 from lightning_qat.callbacks.portable import restore_quantizers, store_quantizers
 from lightning_qat.callbacks.publish import publish
+from lightning_qat.callbacks.recommended import recommended_arguments
 from lightning_qat.callbacks.resolution import make_timeline, read_freeze_at, resolve
 from lightning_qat.callbacks.scale_drift import DriftBound, ScaleDrift
 from lightning_qat.callbacks.summary import print_summary
@@ -210,6 +212,27 @@ class QATCallback(TechniqueHost):
         self._last_step: int | None = None
         self._is_restored = False
 
+    @classmethod
+    def recommended(cls, scheme: RulesLike, **overrides: Any) -> QATCallback:
+        """Return a callback with the techniques that measured best for the narrowest weights of ``scheme``.
+
+        At 4 bits: ranges by MSE, scales learned at the rate of the weights, distillation from the float model in place
+        of the loss of ``training_step``, oscillating weights frozen, grids and weights from GPTQ. At 3 bits the same
+        but for GPTQ; at 2 bits neither that nor freezing. Measured at 4, 3 and 2 bits with a language model and AdamW
+        (``benchmarks/results/stories260k_qat``); narrower weights get what 2 bits get, wider ones the defaults. Under
+        SGD give ``scale_lr`` a tenth of the rate of the weights.
+
+        Args:
+            scheme: The scheme, or rules.
+            overrides: Arguments of the callback, which take the place of the recommended ones.
+
+        Example::
+
+            >>> from lightning_qat import QATCallback
+            >>> callback = QATCallback.recommended("w4g128", freeze_at=0.9)
+        """
+        return cls(scheme, **{**recommended_arguments(parse_rules(scheme)), **overrides})
+
     def prepare(self, module: nn.Module) -> Plan:
         """Put the quantizers into ``module`` in place, as in a fit; for use without a Trainer.
 
@@ -283,6 +306,7 @@ class QATCallback(TechniqueHost):
         with as_configuration_error():
             check_finite({layer.name: layer.weight for layer in self.plan.layers})
         self._check_scales(trainer, pl_module)
+        check_pruning(trainer.callbacks, [each.name for each in self.techniques if each.writes_weights])  # type: ignore[attr-defined]
         is_continued = self._is_restored or trainer.global_step > 0
         self._closed_loop.start(trainer, is_continued)
         self.timeline = make_timeline(

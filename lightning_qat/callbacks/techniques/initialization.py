@@ -61,6 +61,7 @@ class Initialization(Technique):
         known = {name: each for name, each in PTQ_METHODS.items() if name != "awq"}
         self.method: PTQMethod = build(method, known, "method of initialisation")
         self.weights, self.num_samples, self.sequential = weights, num_samples, sequential
+        self.writes_weights = weights
         check_positive(num_samples, "num_samples", Integral)
         check_calibration_data(calibration_data)
         self.calibration_data = calibration_data

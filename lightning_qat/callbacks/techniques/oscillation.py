@@ -70,6 +70,7 @@ class Oscillation(Technique):
     ) -> None:
         self.dampening = _read_span(dampening, "dampening", is_up_from_zero=True)
         self.freeze_threshold = _read_span(freeze_threshold, "freeze_threshold")
+        self.writes_weights = not (self.dampening is None and self.freeze_threshold is None)
         check_position(start, "oscillation: start")
         for name, value in (("momentum", momentum), ("threshold", threshold)):
             check_positive(value, f"oscillation: {name}")

@@ -25,10 +25,12 @@ class Technique(pl.Callback):
     Attributes:
         name: The key of its state in a checkpoint and of its line in the summary.
         shorthand: Name of the argument that a bare value stands for, as in ``init="gptq"``, or None.
+        writes_weights: Whether it changes quantized weights, or their gradients, itself.
     """
 
     name: ClassVar[str]
     shorthand: ClassVar[str | None] = None
+    writes_weights: bool = False
 
     def on_model_built(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called in a fit when the quantizers are in, before a checkpoint is restored and optimizers are made."""
