@@ -14,6 +14,7 @@ from torch import nn
 from lightning_qat.callbacks.averaging import WEIGHT_AVERAGING
 from lightning_qat.callbacks.errors import QATConfigurationError
 from lightning_qat.callbacks.ptq_report import has_one_width
+from lightning_qat.nn import weight_fake_quants
 
 _AVERAGING = (*WEIGHT_AVERAGING, pl_callbacks.StochasticWeightAveraging)
 
@@ -40,6 +41,28 @@ def check_callbacks(callbacks: Sequence[pl.Callback], qat: pl.Callback) -> None:
                     f"{name} is listed before QATCallback, so it would {harm}. List QATCallback first: "
                     f"callbacks=[QATCallback(...), {name}(...)]."
                 )
+
+
+def check_rates_of_scales(root: nn.Module, optimizers: Sequence[Any]) -> None:
+    """Check that every learned scale of a weight has the learning rate of the weight, as ``scale_lr="same"`` says.
+
+    Raises:
+        QATConfigurationError: If the groups of ``configure_optimizers`` give one another.
+    """
+    rates = {
+        parameter: group.get("max_lr", group.get("initial_lr", group["lr"]))
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    for name, layer in weight_fake_quants(root):
+        own, of_scale = rates.get(layer.weight), rates.get(layer.weight_fake_quant.log_scale_ratio)
+        if own is not None and of_scale is not None and not math.isclose(float(own), float(of_scale)):
+            raise QATConfigurationError(
+                f"scale_lr='same' stands for the learning rate of the weights, which is {float(own):g} for {name}; but "
+                f"configure_optimizers puts its scales, by their shape or name, into a group with {float(of_scale):g}. "
+                "Put parameters whose name ends in 'log_scale_ratio' beside the weights, or give scale_lr a number."
+            )
 
 
 def check_pruning(callbacks: Sequence[pl.Callback], writers: Sequence[str]) -> None:

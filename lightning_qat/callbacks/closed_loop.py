@@ -82,9 +82,11 @@ class ClosedLoop:
         Raises:
             QATConfigurationError: If the metric does not exist.
         """
-        if self.schedule.monitor is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
+        if self.schedule.monitor is None or trainer.state.fn != TrainerFn.FITTING:
             return
         metrics = {self.schedule.monitor: self._read_metric(trainer, self.schedule.monitor)}
+        if trainer.sanity_checking:  # which tells before training whether the metric is there
+            return
         self._has_seen_metric = True
         step = max(trainer.global_step, -1 if last_step is None else last_step + 1)
         is_over = timeline.total_steps is not None and step >= timeline.total_steps

@@ -123,6 +123,8 @@ def print_layer_table(root: nn.Module, further: Mapping[str, Mapping[str, float]
         further: More columns: shares of the weights, by layer and name.
     """
     further = further or {}
+    if not layer_health(root):
+        raise ValueError(f"{type(root).__name__} has no fake-quantized layer. Fit it with QATCallback, or prepare it.")
     names = list(dict.fromkeys(name for figures in further.values() for name in figures))
     table = Table(title="Quantized layers", title_justify="left", title_style="bold")
     table.add_column("layer", no_wrap=True)

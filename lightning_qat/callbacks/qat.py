@@ -20,6 +20,7 @@ from lightning_qat.callbacks.bypass import BypassCheck
 from lightning_qat.callbacks.checks import (
     check_callbacks,
     check_pruning,
+    check_rates_of_scales,
     check_scales_are_optimized,
     warn_if_wider,
     warn_of_monitors,
@@ -36,7 +37,13 @@ from lightning_qat.callbacks.recommended import recommended_arguments
 from lightning_qat.callbacks.resolution import make_timeline, read_freeze_at, resolve
 from lightning_qat.callbacks.scale_drift import DriftBound, ScaleDrift
 from lightning_qat.callbacks.summary import print_summary
-from lightning_qat.callbacks.techniques import Technique, TechniqueHost, make_inputs, read_techniques
+from lightning_qat.callbacks.techniques import (
+    Technique,
+    TechniqueHost,
+    check_static_inputs,
+    make_inputs,
+    read_techniques,
+)
 from lightning_qat.callbacks.timeline import Timeline, check_position
 from lightning_qat.core import ActivationObserver, GradientEstimator, Observer, PTQMethod
 from lightning_qat.core.checks import check_positive
@@ -114,10 +121,10 @@ class QATCallback(TechniqueHost):
             :class:`~lightning_qat.callbacks.health.HealthMonitor`. Default: the Trainer's ``log_every_n_steps``.
         activation_observer: Where the ranges of static inputs (``"w8a8-static"``) come from: ``"minmax"``, ``"ema"``,
             ``"percentile"``, ``"mse"``, a mapping with ``name`` and arguments, or an
-            :class:`~lightning_qat.core.ActivationObserver`.
+            :class:`~lightning_qat.core.ActivationObserver`. Default: ``"mse"``.
         activation_calibration_steps: Optimizer steps in which these are calibrated, from the first on that quantizes
             inputs; then their grids are frozen, or learned. Default: 32, or a tenth of a shorter run.
-        learn_activations: Whether ``scale_lr`` learns the grids of static inputs, too (LSQ+).
+        learn_activations: Whether ``scale_lr`` learns the grids of static inputs, too (LSQ+). Default: it does.
         init: Begin each rung with the grids (and weights) that a method of quantization after training finds:
             ``"imatrix"``, ``"gptq"``, or a mapping with the arguments of
             :class:`~lightning_qat.callbacks.techniques.Initialization`. Default: with those of the observer.
@@ -126,7 +133,7 @@ class QATCallback(TechniqueHost):
             (``{"reestimate": 50, "freeze_at": 0.8}``).
         oscillation: Measure weights that oscillate between two levels: True, or a mapping with the arguments of
             :class:`~lightning_qat.callbacks.techniques.Oscillation`, which can dampen and freeze them
-            (``{"dampening": 0.1, "freeze_threshold": (0.04, 0.011)}``).
+            (``{"freeze_threshold": (0.04, 0.011), "momentum": 0.02}``).
         distillation: Learn from the outputs of the float model in place of the loss of ``training_step``, or beside it:
             True, or a mapping with the arguments of :class:`~lightning_qat.callbacks.techniques.Distillation`
             (``{"task_weight": 0.5, "temperature": 2.0}``), which says what serves as the teacher.
@@ -159,9 +166,9 @@ class QATCallback(TechniqueHost):
         target_module: str | None = None,
         mapping: Mapping[type[nn.Module], type[QATLayer]] | None = None,
         health_every_n_steps: int | None = None,
-        activation_observer: str | Mapping[str, Any] | ActivationObserver = "mse",
+        activation_observer: str | Mapping[str, Any] | ActivationObserver | None = None,
         activation_calibration_steps: int | None = None,
-        learn_activations: bool = True,
+        learn_activations: bool | None = None,
         init: str | Mapping[str, Any] | PTQMethod | Technique | None = None,
         batch_norm: bool | int | Mapping[str, Any] | Technique | None = None,
         oscillation: bool | Mapping[str, Any] | Technique | None = None,
@@ -187,13 +194,21 @@ class QATCallback(TechniqueHost):
             check_position(blend_until, "blend_until")
         if isinstance(self.freeze_at, DriftBound):
             self.freeze_at.check(self.observer, learn_scales=scale_lr is not None)
+        if isinstance(scale_lr, str) and scale_lr != "same":
+            raise TypeError(f"scale_lr={scale_lr!r} must be a learning rate, 'same' for that of the weights, or None.")
         if scale_lr != "same":
             check_positive(scale_lr, "scale_lr")
         check_positive(health_every_n_steps, "health_every_n_steps", Integral)
         self.activation_observer: ActivationObserver = build(
-            activation_observer, ACTIVATION_OBSERVERS, "activation observer"
+            "mse" if activation_observer is None else activation_observer, ACTIVATION_OBSERVERS, "activation observer"
         )
-        self.learn_activations = learn_activations
+        self.learn_activations = learn_activations is not False
+        of_static_inputs = {
+            "activation_observer": activation_observer,
+            "activation_calibration_steps": activation_calibration_steps,
+            "learn_activations": learn_activations,
+        }
+        check_static_inputs(self.rules, of_static_inputs)
         inputs = make_inputs(self.rules, activation_calibration_steps)
         named = {
             "inputs": inputs,
@@ -216,11 +231,11 @@ class QATCallback(TechniqueHost):
     def recommended(cls, scheme: RulesLike, **overrides: Any) -> QATCallback:
         """Return a callback with the techniques that measured best for the narrowest weights of ``scheme``.
 
-        At 4 bits: ranges by MSE, scales learned at the rate of the weights, distillation from the float model in place
-        of the loss of ``training_step``, oscillating weights frozen, grids and weights from GPTQ. At 3 bits the same
-        but for GPTQ; at 2 bits neither that nor freezing. Measured at 4, 3 and 2 bits with a language model and AdamW
-        (``benchmarks/results/stories260k_qat``); narrower weights get what 2 bits get, wider ones the defaults. Under
-        SGD give ``scale_lr`` a tenth of the rate of the weights.
+        For a model that was fine-tuned in float, which is its own teacher. At 4 bits: ranges by MSE, scales learned at
+        the rate of the weights, distillation in place of the loss of ``training_step``, oscillating weights frozen,
+        grids and weights from GPTQ. At 3 bits the same but for GPTQ; at 2 bits neither that nor freezing. Measured with
+        a language model and AdamW (``benchmarks/results/stories260k_qat``); narrower weights get what 2 bits get, wider
+        ones the defaults. Under SGD give ``scale_lr`` a tenth of the rate of the weights.
 
         Args:
             scheme: The scheme, or rules.
@@ -231,7 +246,7 @@ class QATCallback(TechniqueHost):
             >>> from lightning_qat import QATCallback
             >>> callback = QATCallback.recommended("w4g128", freeze_at=0.9)
         """
-        return cls(scheme, **{**recommended_arguments(parse_rules(scheme)), **overrides})
+        return cls(scheme, **recommended_arguments(parse_rules(scheme), overrides))
 
     def prepare(self, module: nn.Module) -> Plan:
         """Put the quantizers into ``module`` in place, as in a fit; for use without a Trainer.
@@ -326,6 +341,8 @@ class QATCallback(TechniqueHost):
             check_scales_are_optimized(scales, trainer.optimizers)
             if self._own_scale_lr is not None:
                 warn_of_other_scale_lr(scales, trainer.optimizers, self._own_scale_lr)
+            else:
+                check_rates_of_scales(pl_module, trainer.optimizers)
 
     @rank_zero_only
     def _print_summary(self, pl_module: pl.LightningModule) -> None:
@@ -334,7 +351,8 @@ class QATCallback(TechniqueHost):
         policy = f"from the observer ({type(self.observer).__name__})"
         if self.scale_lr is not None:
             rate = "that of the weights" if self._own_scale_lr is None else f"{self._own_scale_lr:g}"
-            policy = f"learned with learning rate {rate}, initially {policy}"
+            start = "by init" if any(each.name == "init" for each in self.techniques) else policy
+            policy = f"learned with learning rate {rate}, initially {start}"
         print_summary(pl_module, self.plan, self.timeline, policy, [(t.name, t.describe()) for t in self.techniques])
 
     @override

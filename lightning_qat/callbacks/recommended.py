@@ -20,8 +20,13 @@ RECOMMENDED: Mapping[float, Mapping[str, Any]] = {
 """By number of bits, what ``benchmarks/stories260k_qat.py`` calls everything; the grid at 2 bits is without a zero."""
 
 
-def recommended_arguments(rules: Sequence[Rule]) -> dict[str, Any]:
-    """Return the arguments for the narrowest weights of some rules; of 5 bits and more, the defaults."""
+def recommended_arguments(rules: Sequence[Rule], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments for the narrowest weights of some rules; of 5 bits and more, the defaults.
+
+    Args:
+        rules: The rules.
+        overrides: Arguments that take the place of those; without learned scales, ``init`` has nothing to begin.
+    """
     schemes = [rule.scheme for rule in rules if rule.scheme is not None]
     narrowest = min(schemes, key=lambda scheme: scheme.num_bits)
     if _has_better_grid(narrowest):
@@ -31,7 +36,10 @@ def recommended_arguments(rules: Sequence[Rule]) -> dict[str, Any]:
             stacklevel=3,
         )
     found = [arguments for num_bits, arguments in RECOMMENDED.items() if narrowest.num_bits <= num_bits]
-    return dict(found[-1]) if found else {}
+    arguments = dict(found[-1]) if found else {}
+    if "scale_lr" in overrides and overrides["scale_lr"] is None:
+        arguments.pop("init", None)
+    return {**arguments, **overrides}
 
 
 def _has_better_grid(scheme: QuantScheme) -> bool:

@@ -153,7 +153,7 @@ def first_quantized(rungs: Sequence[tuple[int, float]]) -> int:
 
 
 def _describe(rungs: Sequence[tuple[int, float]]) -> str:
-    return ", ".join(f"{bits:g} bits from step {first}" for first, bits in rungs)
+    return ", ".join(f"{bits:g} bit{'' if bits == 1 else 's'} from step {first}" for first, bits in rungs)
 
 
 def check_position(position: Any, name: str) -> None:

@@ -37,7 +37,8 @@ class QuantizedWeight:
     """A weight as it is deployed: where QAT and every PTQ method end, and evaluation and export start.
 
     Attributes:
-        codes: Integer codes, int8 ``[O, I]``.
+        codes: Integer codes, int8 ``[O, I]``. The weight is ``(codes - zero_point + zero_offset) * scale``, with the
+            ``zero_offset`` of the scheme: 0.5 on the grids without a zero (of 1 bit, too), else 0.
         params: Scales and zero-points.
         scheme: The grid that the codes belong to.
         input_scale: What the layer's input is divided by before the product, float32 ``[I]`` (``[O, I]`` if

@@ -128,7 +128,9 @@ class QuantScheme:
             problems.append("pad_last_group needs a group_size.")
         if self.zero_offset and self.scale_rule in ("qmax", "signed_max"):
             problems.append("a grid without a zero has the scale_rule 'cell_range' or 'half_range'.")
-        if not self.symmetric and (self.zero_offset, self.scale_rule) != (0.0, "half_range"):
+        if not self.symmetric and self.num_bits < 2:
+            problems.append("1 and 1.58 bits have no asymmetric grid.")
+        elif not self.symmetric and (self.zero_offset, self.scale_rule) != (0.0, "half_range"):
             problems.append("an asymmetric grid has its own zero-point: leave zero_offset and scale_rule out.")
         if self.zero_offset and self.num_bits not in (1, 2):
             problems.append("the grid without a zero is for 1 and 2 bits; above, it is worse than the one with.")

@@ -161,7 +161,7 @@ class _Selection:
         if qat_class is None:
             bases = [base.__name__ for base in QAT_CLASSES if issubclass(layer_type, base)]
             hint = f", a subclass of {bases[0]} (support it with mapping=)" if bases else ""
-            return f"no quantized form of {layer_type.__name__}{hint}"
+            return f"no quantized form of the parameters of {layer_type.__name__} itself{hint}"
         if not isinstance(module._parameters.get("weight"), nn.Parameter):
             return "its weight is computed, not a parameter"
         if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):

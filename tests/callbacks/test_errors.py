@@ -74,7 +74,7 @@ class QATOwnForward(QATLinear, OwnForward):
         ({"scheme": "w4", "schedule": "staircase"}, "schedule 'staircase' takes the arguments bits"),
         ({"scheme": "w4", "schedule": 4}, "schedule=4 must be a list of widths"),
         ({"scheme": "w4", "schedule": True}, "schedule=True must be a list of widths"),
-        ({"scheme": "w4", "scale_lr": "1e-3"}, "scale_lr='1e-3' must be a number"),
+        ({"scheme": "w4", "scale_lr": "1e-3"}, "scale_lr='1e-3' must be a learning rate, 'same'"),
         ({"scheme": "w4", "scale_lr": True}, "scale_lr=True must be a number"),
         ({"scheme": "w4", "health_every_n_steps": 2.5}, "must be a whole number"),
         ({"scheme": "w4", "target_module": ["net"]}, "must be the name of one submodule"),

@@ -88,7 +88,7 @@ FIRST_AND_LAST = {
 @pytest.mark.parametrize("model", [Transformer, Convnet])
 def test_transformers_and_convnets_learn(model, scheme):
     task = model()
-    qat = QATCallback(scheme, activation_observer="mse", scale_lr=1e-3)
+    qat = QATCallback(scheme, scale_lr=1e-3)
     trainer = fit(task, qat, max_steps=80)
     assert sum(task.losses[-8:]) < 0.8 * sum(task.losses[:8])
     assert all(map(math.isfinite, task.losses))
@@ -399,6 +399,8 @@ def test_a_calibration_that_does_not_fit_the_run_is_refused(arguments, message):
     ("arguments", "error", "message"),
     [
         ({"scheme": "w8a8", "activation_calibration_steps": 8}, ValueError, "no scheme has static inputs"),
+        ({"scheme": "w8a8", "activation_observer": "ema"}, ValueError, "activation_observer='ema' has no effect"),
+        ({"scheme": "w4", "learn_activations": True, "scale_lr": 1e-3}, ValueError, "no scheme has static inputs"),
         ({"scheme": "w8a8-static", "activation_calibration_steps": 0}, ValueError, "must be positive"),
         ({"scheme": "w8a8-static", "activation_calibration_steps": 2.5}, TypeError, "must be a whole number"),
         ({"scheme": "w8a8-static", "activation_observer": "emma"}, ValueError, "no activation observer 'emma'.*'ema'"),

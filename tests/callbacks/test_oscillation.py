@@ -94,7 +94,7 @@ def test_a_new_rung_begins_from_nothing_where_the_width_changes():
     callback = QATCallback(
         [{"target": "net.0", "scheme": "w8"}, {"target": "net.2", "scheme": "w2"}],
         schedule={0: 16, 4: 8, 20: 2},
-        oscillation={**FREEZING, "start": 8, "freeze_threshold": 0.1},
+        oscillation={**FREEZING, "start": 8, "freeze_threshold": 0.1, "max_bits": 8},
     )
     seen = {}
 
@@ -398,4 +398,17 @@ def test_the_summary_says_what_is_done_and_what_it_costs(capsys):
     fit(TinyTask(), qat({"dampening": 0.1, "freeze_threshold": (0.04, 0.011)}), max_steps=8)
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "measured at every step (11 bytes a weight, 0.0 MiB" in text
-    assert "dampened with a weight from 0 to 0.1, frozen above a frequency from 0.04 to 0.011, from step 2" in text
+    assert "dampened with a weight from 0 to 0.1, frozen above a frequency from 0.04 to 0.011" in text
+    assert "up to 4 bits, from step 2" in text
+
+
+def test_wide_weights_are_measured_but_neither_frozen_nor_dampened():
+    callback = QATCallback(
+        [{"target": "net.0", "scheme": "w8"}, {"target": "net.2", "scheme": "w3"}],
+        oscillation={**FREEZING, "start": 2, "freeze_threshold": 0.1},
+    )
+    fit(TinyTask(lr=5e-2), callback, max_steps=24)
+    states = technique(callback)._states
+    assert states["net.0"].frequency.max() > 0.1
+    assert not states["net.0"].frozen.any()
+    assert states["net.2"].frozen.any()

@@ -630,3 +630,30 @@ def test_parameters_without_an_order_are_refused_as_by_torch():
 
     with pytest.raises(TypeError, match="order"):
         fit(Unordered(), QATCallback("w4", scale_lr=1e-2), max_steps=1)
+
+
+@pytest.mark.parametrize("scale_lr", ["same", 1e-2])
+def test_the_rate_of_the_weights_is_that_of_the_weights_whatever_group_the_scales_are_put_into(scale_lr):
+    class ByShape(TinyTask):
+        def configure_optimizers(self):
+            matrices = [p for p in self.parameters() if p.dim() > 1]
+            vectors = [p for p in self.parameters() if p.dim() <= 1]
+            return torch.optim.AdamW([{"params": matrices}, {"params": vectors, "lr": 1e-5}], 1e-2)
+
+    if scale_lr == "same":
+        with pytest.raises(QATConfigurationError, match=r"which is 0.01 for net.0; .* a group with 1e-05"):
+            fit(ByShape(), QATCallback("w4", scale_lr=scale_lr), max_steps=1)
+    else:
+        fit(ByShape(), QATCallback("w4", scale_lr=scale_lr), max_steps=1)
+
+
+def test_a_table_of_a_model_without_quantizers_is_refused():
+    with pytest.raises(ValueError, match=r"has no fake-quantized layer. Fit it"):
+        QATCallback("w4").layer_table(TinyTask())
+
+
+def test_going_on_without_a_technique_is_warned_of(tmp_path):
+    first = QATCallback("w4", oscillation=True)
+    fit(TinyTask(), first, max_steps=4).save_checkpoint(tmp_path / "with.ckpt")
+    with pytest.warns(UserWarning, match="a run with oscillation, and this one goes on without"):
+        fit(TinyTask(), QATCallback("w4"), max_steps=6, max_epochs=2, ckpt_path=tmp_path / "with.ckpt")

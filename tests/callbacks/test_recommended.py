@@ -41,6 +41,8 @@ def test_overrides_come_first_and_wide_weights_get_the_defaults():
     wide, default = QATCallback.recommended("w8"), QATCallback("w8")
     assert (type(wide.observer), wide.scale_lr) == (type(default.observer), default.scale_lr)
     assert not wide.techniques
+    without = QATCallback.recommended("w4", scale_lr=None)  # nothing left for init to begin
+    assert "init" not in {technique.name for technique in without.techniques}
     rules = [{"target": "*", "scheme": "w8"}, {"target": "ffn", "scheme": "w4"}]
     assert QATCallback.recommended(rules).scale_lr == "same"
 

@@ -675,3 +675,11 @@ def test_arguments_from_a_configuration_file():
     assert callback.schedule == Plateau([8, 4], patience=5)
     assert callback.resolve(1000).rungs == ((0, 8), (500, 4))
     assert callback.resolve(1000).drift_step == 900
+
+
+def test_a_metric_that_is_not_logged_is_found_in_the_sanity_check():
+    task = TinyTask()
+    schedule = {"name": "plateau", "bits": [8, 4], "monitor": "val_loss"}
+    with pytest.raises(QATConfigurationError, match="looks at 'val_loss', which was not logged"):
+        fit(task, QATCallback("w4", schedule=schedule), max_steps=8, num_sanity_val_steps=1)
+    assert not task.losses

@@ -7,7 +7,7 @@ from lightning_qat.callbacks.techniques.batch_norm import BatchNorm
 from lightning_qat.callbacks.techniques.distillation import Distillation
 from lightning_qat.callbacks.techniques.host import TechniqueHost
 from lightning_qat.callbacks.techniques.initialization import Initialization
-from lightning_qat.callbacks.techniques.inputs import Inputs, make_inputs
+from lightning_qat.callbacks.techniques.inputs import Inputs, check_static_inputs, make_inputs
 from lightning_qat.callbacks.techniques.oscillation import Oscillation
 from lightning_qat.callbacks.techniques.technique import Technique, read_technique
 
@@ -50,6 +50,7 @@ __all__ = [
     "Oscillation",
     "Technique",
     "TechniqueHost",
+    "check_static_inputs",
     "make_inputs",
     "read_technique",
     "read_techniques",

@@ -233,6 +233,7 @@ class Distillation(Technique):
             (self.task_weight, "loss of training_step"),
         ]
         loss = " + ".join(f"{weight:g} x {what}" for weight, what in terms if weight)
+        loss += "" if self.task_weight else " (the loss of training_step is not used)"
         return f"{loss}; teacher: {self._teacher.describe()}"
 
     @override

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_warn
 from typing_extensions import override
 
 from lightning_qat.callbacks.techniques.technique import Technique
@@ -40,6 +41,13 @@ class TechniqueHost(pl.Callback):
         return {technique.name: technique.state_dict() for technique in self.techniques}
 
     def _load_techniques(self, states: Mapping[str, Any]) -> None:
+        left_out = set(states) - {technique.name for technique in self.techniques}
+        if left_out:
+            rank_zero_warn(
+                f"The checkpoint is of a run with {', '.join(sorted(left_out))}, and this one goes on without: weights "
+                "that were frozen are free again, losses are those of training_step. Give QATCallback the same "
+                "arguments to go on as before."
+            )
         for technique in self.techniques:
             technique.load_state_dict(states.get(technique.name, {}))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any, ClassVar
 
@@ -226,12 +226,23 @@ def make_inputs(rules: Sequence[Rule], steps: int | None) -> Inputs | None:
 
     Raises:
         TypeError: If ``steps`` is no whole number.
-        ValueError: If it is not positive, or no rule has static inputs.
+        ValueError: If it is not positive.
     """
     schemes = [rule.scheme for rule in rules if rule.scheme is not None]
-    if steps is not None and not any(scheme.has_static_activation for scheme in schemes):
-        raise ValueError(
-            f"activation_calibration_steps={steps} has no effect: no scheme has static inputs. Leave it out, or give a "
-            "scheme such as 'w8a8-static'."
-        )
     return Inputs(steps) if any(scheme.activation is not None for scheme in schemes) else None
+
+
+def check_static_inputs(rules: Sequence[Rule], arguments: Mapping[str, Any]) -> None:
+    """Check that arguments about static inputs, of which None is not given, have inputs to be about.
+
+    Raises:
+        ValueError: If one is given and no rule has static inputs.
+    """
+    if any(rule.scheme is not None and rule.scheme.has_static_activation for rule in rules):
+        return
+    for name, value in arguments.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}={value!r} has no effect: no scheme has static inputs. Leave it out, or give a scheme such as "
+                "'w8a8-static'."
+            )

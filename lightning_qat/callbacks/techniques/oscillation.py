@@ -47,12 +47,15 @@ class Oscillation(Technique):
             before each optimizer step; from 0 to it by half a cosine, or from the first to the second of two. Default:
             none.
         freeze_threshold: Frequency above which a weight is frozen, or two between which it goes by half a cosine, such
-            as ``(0.04, 0.011)``; it should be a few times ``momentum``. Default: no weight is frozen.
+            as ``(0.04, 0.011)``. A single jump back adds ``momentum``: below that, one is enough. Default: no weight is
+            frozen.
         start: When dampening and freezing begin, in optimizer steps or as a fraction of the run; a cosine ends with
             the run.
         momentum: Weight of a step in the moving averages.
         threshold: Frequency above which a weight counts as oscillating.
         measure: Whether to measure; dampening alone can do without.
+        max_bits: Dampen and freeze weights of at most so many bits at the time; wider ones lose nothing worth the
+            loss of freedom.
 
     Source: Nagel et al. 2022 (arXiv:2203.11086), sections 4.1 to 4.3. Theirs is one scale a layer, learned.
     """
@@ -67,6 +70,7 @@ class Oscillation(Technique):
         momentum: float = 0.01,
         threshold: float = 0.005,
         measure: bool = True,
+        max_bits: float = 4,
     ) -> None:
         self.dampening = _read_span(dampening, "dampening", is_up_from_zero=True)
         self.freeze_threshold = _read_span(freeze_threshold, "freeze_threshold")
@@ -83,6 +87,8 @@ class Oscillation(Technique):
         if not measure and self.dampening is None:
             raise ValueError("oscillation does nothing with measure=False and no dampening. Leave it out.")
         self.start, self.momentum, self.threshold, self.measure = start, momentum, threshold, measure
+        check_positive(max_bits, "oscillation: max_bits")
+        self.max_bits = max_bits
         self._forget()
 
     def _forget(self) -> None:
@@ -132,7 +138,8 @@ class Oscillation(Technique):
         if self.freeze_threshold is not None:
             parts.append(f"frozen above a frequency {_describe(self.freeze_threshold)}")
         is_changing = self.dampening is not None or self.freeze_threshold is not None
-        return ", ".join(parts) + (f", from step {self._first_step}" if is_changing else "")
+        where = f", up to {self.max_bits:g} bits, from step {self._first_step}" if is_changing else ""
+        return ", ".join(parts) + where
 
     # ------------------------------------------------------------------------------------------------- during
 
@@ -178,7 +185,7 @@ class Oscillation(Technique):
             return
         own = {parameter for group in optimizer.param_groups for parameter in group["params"]}
         for name, layer in _quantized(pl_module).items():
-            if layer.weight not in own or layer.weight.grad is None:
+            if layer.weight not in own or layer.weight.grad is None or not self._is_narrow(layer):
                 continue
             if self.dampening is not None:
                 _dampen(layer, self._value(self.dampening, step))
@@ -199,11 +206,14 @@ class Oscillation(Technique):
         for name, state in self._states.items():
             layer = layers[name]
             state.update(current_codes(layer), self.momentum)
-            if self.freeze_threshold is not None and self._is_freezing(step):
+            if self.freeze_threshold is not None and self._is_freezing(step) and self._is_narrow(layer):
                 quantizer, matrix = layer.weight_fake_quant, layer.to_matrix(layer.weight)
                 params = quantizer.qparams(matrix) if holds_values(layer) else None
                 state.freeze(self._value(self.freeze_threshold, step), params, quantizer.rung_scheme)
                 hold_frozen(layer, state)
+
+    def _is_narrow(self, layer: QATLayer) -> bool:
+        return layer.weight_fake_quant.num_bits <= self.max_bits
 
     def _is_freezing(self, step: int) -> bool:
         return self.freeze_threshold is not None and step >= self._first_step

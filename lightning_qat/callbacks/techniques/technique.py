@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
@@ -94,8 +95,9 @@ def read_technique(spec: Any, cls: type[TechniqueT]) -> TechniqueT | None:
     elif cls.shorthand is not None:
         arguments = {cls.shorthand: spec}
     else:
-        raise TypeError(f"{cls.name}={spec!r} must be True, a mapping of arguments, or a {cls.__name__}.")
+        raise TypeError(f"{cls.name}={spec!r} must be True, or a mapping with arguments of {cls.__name__}.")
     try:
         return cls(**arguments)
     except TypeError as error:
-        raise TypeError(f"{cls.name}={spec!r}: {error}. See help({cls.__module__}.{cls.__name__}).") from error
+        known = ", ".join(inspect.signature(cls).parameters)
+        raise TypeError(f"{cls.name}={spec!r}: {str(error).rstrip('.')}. Its arguments are {known}.") from error
