@@ -15,6 +15,7 @@ from lightning_qat.callbacks.averaging import WEIGHT_AVERAGING
 from lightning_qat.callbacks.errors import QATConfigurationError
 from lightning_qat.callbacks.ptq_report import has_one_width
 from lightning_qat.nn import weight_fake_quants
+from lightning_qat.nn.sharded import is_sharded
 
 _AVERAGING = (*WEIGHT_AVERAGING, pl_callbacks.StochasticWeightAveraging)
 
@@ -80,6 +81,24 @@ def check_pruning(callbacks: Sequence[pl.Callback], writers: Sequence[str]) -> N
             f"ModelPruning computes weights from masks before every forward pass, so that what {writers[0]} does to "
             "them would be lost. Prune in a run before this one, or let "
             f"{writers[0]} only look: oscillation=True, init without weights."
+        )
+
+
+def check_strategy(trainer: pl.Trainer, root: nn.Module, names: Sequence[str]) -> None:
+    """Check that no technique needs a model that is spread over processes.
+
+    Args:
+        trainer: The Trainer.
+        root: Its module.
+        names: Those that need the whole model on every process.
+
+    Raises:
+        QATConfigurationError: If one does.
+    """
+    if names and any(is_sharded(layer.weight) for _, layer in weight_fake_quants(root)):
+        raise QATConfigurationError(
+            f"{names[0]}: {type(trainer.strategy).__name__} spreads the weights over processes, and this needs them "
+            "whole on each. Leave it out, or use a strategy that does not, such as 'ddp'."
         )
 
 

@@ -16,7 +16,7 @@ def advance(root: nn.Module, timeline: Timeline, step: int) -> None:
     is_frozen, steps_on_rung = timeline.is_frozen(step), step - timeline.rung_start(step)
     set_num_bits(root, *timeline.widths(step))
     for _, layer in weight_fake_quants(root):
-        quantizer, weight = layer.weight_fake_quant, layer.to_matrix(layer.weight)
+        quantizer, weight = layer.weight_fake_quant, layer.whole_matrix()
         quantizer.set_blend(timeline.blend(step))
         if not is_frozen:
             quantizer.unfreeze()
@@ -32,7 +32,7 @@ def go_to_rung(root: nn.Module, timeline: Timeline, step: int) -> None:
     set_num_bits(root, *timeline.widths(step))
     for _, layer in weight_fake_quants(root):
         layer.weight_fake_quant.set_blend(timeline.blend(step))
-        _find_new_grid(layer.weight_fake_quant, layer.to_matrix(layer.weight))
+        _find_new_grid(layer.weight_fake_quant, layer.whole_matrix())
 
 
 def _find_new_grid(quantizer: WeightFakeQuantize, weight: Tensor) -> None:

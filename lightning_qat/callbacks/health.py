@@ -71,7 +71,7 @@ class HealthMonitor:
     def _figures_of_weights(self, layers: Mapping[str, QATLayer], grids: Mapping[str, QuantParams]) -> dict[str, float]:
         found = []
         for name, layer in layers.items():
-            rows, params = sample_rows(layer.to_matrix(layer.weight), grids[name], self.most)
+            rows, params = sample_rows(layer.whole_matrix(), grids[name], self.most)
             found.append(weight_sums(rows, params, layer.weight_fake_quant.rung_scheme))
         # Here an accelerator is waited for, and only here: the figures of all layers come at once.
         powers = torch.stack([each.powers for each in found]).tolist()
@@ -112,7 +112,7 @@ def _geometric_mean(ratios: Tensor) -> float:
 
 
 def _grid(layer: QATLayer) -> QuantParams:
-    return layer.weight_fake_quant.qparams(layer.to_matrix(layer.weight))
+    return layer.weight_fake_quant.qparams(layer.whole_matrix())
 
 
 def print_layer_table(root: nn.Module, further: Mapping[str, Mapping[str, float]] | None = None) -> None:

@@ -38,5 +38,6 @@ def restore_quantizers(checkpoint: dict[str, Any], pl_module: pl.LightningModule
     """
     state = checkpoint[STATE_KEY]
     load_quantizer_state(pl_module, state)
-    # Averaging callbacks load their copy of the model from the state dict.
-    checkpoint["state_dict"] = {**checkpoint["state_dict"], **state["quantizers"]}
+    if "state_dict" in checkpoint:  # a sharded checkpoint has loaded it by now
+        # Averaging callbacks load their copy of the model from the state dict.
+        checkpoint["state_dict"] = {**checkpoint["state_dict"], **state["quantizers"]}

@@ -212,6 +212,11 @@ class PTQCallback(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check what can be checked before any time is spent."""
         self._is_alone, self._is_fitting = trainer.world_size == 1, stage == "fit"
+        if trainer.strategy.restore_checkpoint_after_setup:
+            raise QATConfigurationError(
+                f"PTQCallback works on a copy of the model, which {type(trainer.strategy).__name__} spreads over "
+                "processes. Use a strategy that does not, such as 'ddp', or quantize_model on the float checkpoint."
+            )
 
     @property
     def _needs_calibration(self) -> bool:

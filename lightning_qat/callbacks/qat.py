@@ -22,6 +22,7 @@ from lightning_qat.callbacks.checks import (
     check_pruning,
     check_rates_of_scales,
     check_scales_are_optimized,
+    check_strategy,
     warn_if_wider,
     warn_of_monitors,
     warn_of_other_scale_lr,
@@ -321,6 +322,7 @@ class QATCallback(TechniqueHost):
         with as_configuration_error():
             check_finite({layer.name: layer.weight for layer in self.plan.layers})
         self._check_scales(trainer, pl_module)
+        check_strategy(trainer, pl_module, [each.name for each in self.techniques if each.needs_whole_model])
         check_pruning(trainer.callbacks, [each.name for each in self.techniques if each.writes_weights])  # type: ignore[attr-defined]
         is_continued = self._is_restored or trainer.global_step > 0
         self._closed_loop.start(trainer, is_continued)

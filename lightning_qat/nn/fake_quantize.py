@@ -22,6 +22,7 @@ from lightning_qat.estimators import ClippedSTE
 from lightning_qat.estimators.lsq import log_scale, lsq_factor, round_straight_through
 from lightning_qat.estimators.lsq_plus import LearnedBounds, fake_quantize_learned
 from lightning_qat.nn.annealed_grid import AnnealedGrid
+from lightning_qat.nn.sharded import gathered
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class WeightFakeQuantize(AnnealedGrid):
         if self.log_scale_ratio is not None:
             factor = lsq_factor(self.weights_per_scale, self.levels.qmax)
             scale = round_straight_through(
-                log_scale(scale, self.log_scale_ratio, factor), self.scheme.torch_scale_dtype
+                log_scale(scale, gathered(self.log_scale_ratio), factor), self.scheme.torch_scale_dtype
             )
         zero_point = None if self.zero_point is None else self.zero_point.view(self.qparams_shape)
         return QuantParams(scale.view(self.qparams_shape), zero_point)

@@ -69,7 +69,7 @@ def layer_health(root: nn.Module) -> list[LayerHealth]:
         quantizer = layer.weight_fake_quant
         if quantizer.pass_through:
             continue
-        matrix = layer.to_matrix(layer.weight)
+        matrix = layer.whole_matrix()
         params = quantizer.qparams(matrix)
         found = weight_sums(matrix, params, quantizer.rung_scheme)
         (signal, noise), (clipped, used) = found.powers.tolist(), found.counts.tolist()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_qat.core import QuantizedWeight
 from lightning_qat.nn.fake_quantize import WeightFakeQuantize
 from lightning_qat.nn.input_fake_quantize import InputFakeQuantize
+from lightning_qat.nn.sharded import gathered
 
 
 class QATLayer(nn.Module):
@@ -45,13 +46,20 @@ class QATLayer(nn.Module):
         """Return ``matrix`` ``[O, I]`` in the layout of ``weight``."""
         return matrix.view_as(weight)
 
+    def whole_matrix(self) -> Tensor:
+        """Return the weight as ``[O, I]``, for what looks at it outside the layer's own forward pass.
+
+        If it is spread over processes, all must call this.
+        """
+        return self.to_matrix(gathered(self.weight))
+
     def fake_quantized_weight(self) -> Tensor:
         """Return the weight as the layer uses it, in its own layout and dtype."""
         return self.from_matrix(self.weight_fake_quant(self.to_matrix(self.weight)), self.weight)
 
     def quantized_weight(self) -> QuantizedWeight:
         """Return codes and grid of the weight on the current rung."""
-        return self.weight_fake_quant.quantize(self.to_matrix(self.weight))
+        return self.weight_fake_quant.quantize(self.whole_matrix())
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Let the quantizers, which see only their own entries, know whether the weight is loaded."""

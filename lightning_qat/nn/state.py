@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_qat.core import ActivationObserver, GradientEstimator, Observer
 from lightning_qat.core.registry import build, describe
@@ -17,6 +17,7 @@ from lightning_qat.nn.annealed_grid import AnnealedGrid
 from lightning_qat.nn.convert import apply_plan, quantized_layers, static_inputs
 from lightning_qat.nn.layers import QATLayer
 from lightning_qat.nn.plan import plan_exactly
+from lightning_qat.nn.sharded import gathered, is_sharded
 from lightning_qat.nn.static_input import StaticInputConfig
 from lightning_qat.observers import ACTIVATION_OBSERVERS, OBSERVERS
 
@@ -52,7 +53,13 @@ def quantizer_state(root: nn.Module, parameters: Mapping[str, Any] | None = None
     own: dict[str, Any] = {}
     for name, quantizer in _named_quantizers(root).items():  # not root.state_dict(), which users override
         quantizer.state_dict(destination=own, prefix=f"{name}.")
-    averaged = {key: value for key, value in (parameters or {}).items() if not key.endswith("_extra_state")}
+    # All of them on every process, whatever part of a state dict it was given.
+    own = {key: gathered(value) if isinstance(value, Tensor) else value for key, value in own.items()}
+    averaged = {
+        key: value
+        for key, value in (parameters or {}).items()
+        if not key.endswith("_extra_state") and not (isinstance(value, Tensor) and is_sharded(value))
+    }
     return {
         "version": _VERSION,
         "layers": {name: layer.weight_fake_quant.scheme.to_dict() for name, layer in layers.items()},
@@ -90,7 +97,10 @@ def load_quantizer_state(root: nn.Module, state: Mapping[str, Any]) -> None:
         raise ValueError("The checkpoint does not hold the state of all quantizers; it is damaged or incomplete.")
     for name, quantizer in _named_quantizers(root).items():
         prefix = f"{name}."
-        quantizer.load_state_dict({k.removeprefix(prefix): v for k, v in quantizers.items() if k.startswith(prefix)})
+        own = {k.removeprefix(prefix): v for k, v in quantizers.items() if k.startswith(prefix)}
+        # Parameters that are spread over processes come with the model's own state dict, in which they stay.
+        own.update({key: each for key, each in quantizer.named_parameters() if is_sharded(each)})
+        quantizer.load_state_dict(own)
 
 
 def _check_version(state: Mapping[str, Any]) -> None:

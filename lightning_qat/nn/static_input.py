@@ -21,6 +21,7 @@ from lightning_qat.estimators.lsq import log_scale, lsq_factor, round_straight_t
 from lightning_qat.estimators.lsq_plus import LearnedBounds, fake_quantize_learned, learned_zero_point
 from lightning_qat.nn.forward import drop_padding
 from lightning_qat.nn.input_fake_quantize import InputFakeQuantize
+from lightning_qat.nn.sharded import gathered
 from lightning_qat.observers import HistogramMSEObserver
 
 
@@ -203,12 +204,12 @@ class StaticInputFakeQuantize(InputFakeQuantize):
             num_steps = levels.qmax - levels.qmin
             factor = lsq_factor(num_values, levels.qmax if zero_point is None else num_steps)
             scale = round_straight_through(
-                log_scale(scale, self.log_scale_ratio, factor), self.scheme.torch_scale_dtype
+                log_scale(scale, gathered(self.log_scale_ratio), factor), self.scheme.torch_scale_dtype
             )
             if zero_point is not None and self.zero_point_offset is not None:
                 factor = self._zero_point_moves * factor / (self.scale * num_steps).square()
                 bounds = (torch.as_tensor(levels.qmin), torch.as_tensor(levels.qmax))
-                zero_point = learned_zero_point(zero_point, self.zero_point_offset, *bounds, factor)
+                zero_point = learned_zero_point(zero_point, gathered(self.zero_point_offset), *bounds, factor)
         return QuantParams(scale.view(1, 1), None if zero_point is None else zero_point.view(1, 1))
 
     def forward(self, x: Tensor) -> Tensor:

@@ -62,6 +62,7 @@ class BatchNorm(Technique):
     """
 
     name: ClassVar[str] = "batch_norm"
+    needs_whole_model = True
     shorthand: ClassVar[str] = "reestimate"
 
     def __init__(

@@ -48,6 +48,7 @@ class Initialization(Technique):
     """
 
     name: ClassVar[str] = "init"
+    needs_whole_model = True
     shorthand: ClassVar[str] = "method"
 
     def __init__(

@@ -61,6 +61,7 @@ class Oscillation(Technique):
     """
 
     name: ClassVar[str] = "oscillation"
+    needs_whole_model = True
 
     def __init__(
         self,

@@ -27,11 +27,14 @@ class Technique(pl.Callback):
         name: The key of its state in a checkpoint and of its line in the summary.
         shorthand: Name of the argument that a bare value stands for, as in ``init="gptq"``, or None.
         writes_weights: Whether it changes quantized weights, or their gradients, itself.
+        needs_whole_model: Whether it copies the model, or looks at all of its weights, which no process has if a
+            strategy spreads them.
     """
 
     name: ClassVar[str]
     shorthand: ClassVar[str | None] = None
     writes_weights: bool = False
+    needs_whole_model: bool = False
 
     def on_model_built(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Called in a fit when the quantizers are in, before a checkpoint is restored and optimizers are made."""
