@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -91,6 +91,32 @@ def append_records(path: str | Path, *records: EvalRecord) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_records(path: str | Path, *records: EvalRecord) -> None:
+    """Add ``records`` in place of those of the same models and steps: of a run that went back to a checkpoint.
+
+    The file is written anew and put in place at once, so that a crash leaves the old one or the new one.
+    """
+    path = Path(path)
+    content = path.read_bytes() if path.is_file() else b""
+    new = {_identity(asdict(record)) for record in records}
+    whole_lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
+    kept = [line for line in whole_lines if _identity(json.loads(line)) not in new]
+    if len(kept) < len(whole_lines):
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        with temporary.open("wb") as file:
+            file.write(b"".join(kept))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    append_records(path, *records)
+
+
+def _identity(record: Mapping[str, Any]) -> str:
+    """Return what says which model was scored on what, and not how well or at which cost."""
+    outcome = ("value", "cost_seconds", "versions")
+    return json.dumps({key: value for key, value in record.items() if key not in outcome}, sort_keys=True)
 
 
 def read_records(path: str | Path) -> list[EvalRecord]:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_qat.records import EvalRecord, append_records, read_records, recovery
+from lightning_qat.records import EvalRecord, append_records, read_records, recovery, replace_records
 
 
 def make_record(**fields):
@@ -93,3 +93,15 @@ def test_recovery_does_not_depend_on_unit_or_origin(ours, reference, gap, factor
     first = recovery(*([loss] for loss in losses))
     second = recovery(*([factor * loss + shift] for loss in losses), minimum_gap=0.001)
     assert second == pytest.approx(first, rel=1e-6, abs=1e-6)
+
+
+def test_records_of_a_run_that_went_back_take_the_place_of_the_old_ones(tmp_path):
+    path = tmp_path / "results.jsonl"
+    first, second = make_record(step=10, value=1.0), make_record(step=20, value=2.0)
+    replace_records(path, first)  # there is no file yet
+    append_records(path, second, make_record(step=20, value=2.0, seed=1))
+    path.write_text(path.read_text() + '{"half": ')
+    again = make_record(step=20, value=2.5, cost_seconds=3.0)
+    replace_records(path, again)
+    assert read_records(path) == [first, make_record(step=20, value=2.0, seed=1), again]
+    assert [each.name for each in tmp_path.iterdir()] == ["results.jsonl"]

@@ -71,7 +71,7 @@ from lightning_qat.nn.sweep import PTQResults
 from lightning_qat.nn.sweep_plan import plan_sweep, read_bits
 from lightning_qat.observers import ACTIVATION_OBSERVERS, OBSERVERS
 from lightning_qat.ptq import build_methods
-from lightning_qat.records import append_records
+from lightning_qat.records import append_records, replace_records
 
 
 class PTQCallback(pl.Callback):
@@ -201,7 +201,7 @@ class PTQCallback(pl.Callback):
         self._shell: pl.LightningModule | None = None
         self._validated: dict[int, Tensor] | None = None
         self._has_swept_final_bits = False
-        self._is_resumed = self._has_tried = False
+        self._is_resumed = self._went_on = self._has_tried = False
         self._is_alone = self._is_fitting = True
         schemes = [rule.scheme for rule in self.rules or () if rule.scheme is not None]
         self._has_static_inputs = any(scheme.has_static_activation for scheme in schemes)
@@ -240,6 +240,7 @@ class PTQCallback(pl.Callback):
         elif self.baseline is not None:
             rank_zero_warn("PTQCallback's baseline has no effect without QATCallback: it is what QAT is compared with.")
         if not self._is_resumed:
+            self._went_on = False
             self._capture, self._num_validations = BatchCapture(self._capture.num_samples), 0
         self._is_resumed = False
 
@@ -406,7 +407,7 @@ class PTQCallback(pl.Callback):
                 "The checkpoint does not hold the batches that PTQCallback calibrated on: it goes on with the next "
                 "ones. Give calibration_data to calibrate on the same ones."
             )
-        self._is_resumed = self._is_fitting  # Lightning loads this for trainer.validate, too
+        self._is_resumed = self._went_on = self._is_fitting  # Lightning loads this for trainer.validate, too
 
     # ------------------------------------------------------------------------------------------------ reporting
 
@@ -430,5 +431,5 @@ class PTQCallback(pl.Callback):
             for score in (live, *scores)
             for metric in score.metrics
         ]
-        append_records(path, *records)
+        (replace_records if self._went_on else append_records)(path, *records)
         print_scores(Console(), [live, *scores], results, trainer.global_step)
