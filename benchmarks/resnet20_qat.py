@@ -1,10 +1,11 @@
-"""Quantization-aware training of a pretrained ResNet-20 on CIFAR-10, weights and activations, from a float fine-tuning.
+"""Quantization-aware training of a pretrained ResNet-20 on CIFAR-10, weights and inputs, from a float fine-tuning.
 
 The network is first fine-tuned in float. From that control every arm trains for the same epochs, float continued among
-them; first and last layers have 8 bits. The score is that of the last weights on all test images. The model and its
-data are not part of the project: set LIGHTNING_QAT_DATA to the folder that holds ``cifar10-jpeg/``.
+them; first and last layers have 8 bits. The score is that of the last weights on all test images. ``tune`` tries
+learning rates for one epoch on 45,000 images, and scores on the other 5,000. The model and its data are not part of
+the project: set LIGHTNING_QAT_DATA to the folder that holds ``cifar10-jpeg/``.
 
-Usage: python benchmarks/resnet20_qat.py [--epochs 10] [--seeds 1] [--arms W4A4;W2A2] [--out FOLDER]
+Usage: python benchmarks/resnet20_qat.py [--suite main|ablation|tune|report] [--epochs 10] [--jobs 2] [--out FOLDER]
 
 Runs are appended to ``runs.jsonl`` in the folder; those that are there are not repeated.
 """
@@ -13,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -22,33 +25,48 @@ import torch
 import torch.nn.functional as F
 from resnet20_ptq import accuracy, read_images
 from safetensors.torch import load_file, save_file
-from shared import data_folder, publish
+from shared import carry_out, data_folder, publish, read_runs
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_qat import QATCallback
 from lightning_qat.tasks.cifar_resnet import CifarResNet
 
-BATCH, CONTROL_EPOCHS, FLOAT = 128, 4, "float continued"
+BATCH, CONTROL_EPOCHS, NUM_IMAGES, NUM_HELD, FLOAT = 128, 4, 50_000, 5_000, "float continued"
+WIDTHS = (4, 3, 2)
+LEARNING_RATE, SCALE_LEARNING_RATE = 0.01, 0.001
+
+BEST: dict[str, Any] = {
+    "observer": "mse",
+    "activation_observer": "mse",
+    "scale_lr": SCALE_LEARNING_RATE,
+    "distillation": True,
+    "batch_norm": 50,
+}
+CHANGES: dict[str, dict[str, Any]] = {
+    "everything": {},
+    "weights by min-max": {"observer": "minmax"},
+    "inputs by min-max": {"activation_observer": "minmax"},
+    "inputs by EMA": {"activation_observer": "ema"},
+    "inputs by percentile": {"activation_observer": "percentile"},
+    "inputs not learned": {"learn_activations": False},
+    "no scale learned": {"scale_lr": None},
+    "no distillation": {"distillation": None},
+    "no BatchNorm re-estimation": {"batch_norm": None},
+    "BatchNorm frozen at 70 %": {"batch_norm": {"reestimate": 50, "freeze_at": 0.7}},
+    "oscillation freezing": {"oscillation": {"freeze_threshold": (0.04, 0.011), "momentum": 0.02}},
+    "dampening": {"oscillation": {"dampening": 0.1}},
+}
 
 
-def arm(bits: int, lr: float) -> QATCallback:
+def make_callback(bits: int, change: str) -> QATCallback:
     """Return the callback of an arm with as many bits for weights as for inputs."""
-    return QATCallback(
-        [
-            {"target": "*", "scheme": f"w{bits}a{bits}-static"},
-            {"target": "model.conv1", "scheme": "w8a8-static"},
-            {"target": "linear", "scheme": "w8a8-static"},
-        ],
-        observer="mse",
-        activation_observer="mse",
-        scale_lr=lr,
-        distillation=True,
-        batch_norm=50,
-    )
-
-
-ARMS = {"W4A4": 4, "W3A3": 3, "W2A2": 2}
+    rules = [
+        {"target": "*", "scheme": f"w{bits}a{bits}-static"},
+        {"target": "model.conv1", "scheme": "w8a8-static"},
+        {"target": "linear", "scheme": "w8a8-static"},
+    ]
+    return QATCallback(rules, **BEST | CHANGES[change])
 
 
 class ImageTask(pl.LightningModule):
@@ -92,78 +110,116 @@ def fit(model: CifarResNet, data: TensorDataset, epochs: int, lr: float, seed: i
     """Train ``model`` in place and return the seconds that it took."""
     pl.seed_everything(seed, verbose=False)
     trainer = pl.Trainer(
-        accelerator="cpu", max_epochs=epochs, callbacks=list(callbacks), logger=False, enable_checkpointing=False
+        accelerator="cpu",
+        max_epochs=epochs,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
     )
     started = time.perf_counter()
     trainer.fit(ImageTask(model, lr), DataLoader(data, BATCH, shuffle=True, drop_last=True))
     return time.perf_counter() - started
 
 
-def load_control(folder: Path, out: Path, data: TensorDataset) -> CifarResNet:
+def load_control(out: Path) -> CifarResNet:
     """Return the network fine-tuned in float, trained now if it is not there yet."""
-    model, path = CifarResNet(), out / "control.safetensors"
+    folder, path, model = data_folder("cifar10-jpeg"), out / "control.safetensors", CifarResNet()
     if not path.is_file():
         model.load_state_dict(load_file(folder / "resnet20.safetensors"))
-        fit(model, data, CONTROL_EPOCHS, 0.05, 0)
+        fit(model, TensorDataset(*read_images(folder / "train.parquet", NUM_IMAGES)), CONTROL_EPOCHS, 0.05, 0)
         save_file(model.state_dict(), path)
     model.load_state_dict(load_file(path))
     return model
 
 
+def train(run: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Return the record of a run: on the test images, or, when tuning, on the training images that are kept aside."""
+    folder, model = data_folder("cifar10-jpeg"), load_control(out)
+    images, labels = read_images(folder / "train.parquet", NUM_IMAGES)
+    num_train = NUM_IMAGES - NUM_HELD * run["is_tuning"]
+    callbacks = [] if run["arm"] == FLOAT else [make_callback(run["bits"], run["arm"])]
+    data = TensorDataset(images[:num_train], labels[:num_train])
+    seconds = fit(model, data, run["epochs"], run["lr"], run["seed"], *callbacks)
+    if run["is_tuning"]:
+        images, labels = images[num_train:], labels[num_train:]
+    else:
+        images, labels = read_images(folder / "test.parquet", 10_000)
+    return {**run, "accuracy": round(accuracy(model.eval(), images, labels), 2), "seconds": round(seconds)}
+
+
+def plan(suite: str, epochs: int, seeds: int) -> list[dict[str, Any]]:
+    """Return the runs of a suite."""
+
+    def run(arm: str, bits: int, lr: float = LEARNING_RATE, seed: int = 0) -> dict[str, Any]:
+        return {"arm": arm, "bits": bits, "epochs": epochs, "lr": lr, "seed": seed, "is_tuning": suite == "tune"}
+
+    if suite == "main":
+        arms = [(FLOAT, 32), *(("everything", bits) for bits in reversed(WIDTHS))]
+        return [run(*arm, seed=seed) for seed in range(seeds) for arm in arms]
+    if suite == "ablation":
+        return [run(change, 2) for change in CHANGES]
+    if suite == "tune":
+        return [run("everything", bits, lr) for bits in (2, 4) for lr in (0.01, 0.03, 0.1)]
+    return []
+
+
 def main() -> None:
     """Train what is missing, and report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--suite", choices=("main", "ablation", "tune", "report"), default="main")
     parser.add_argument("--epochs", type=int, default=10, help="epochs of every arm")
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--lr", type=float, default=0.01)
-    parser.add_argument("--scale-lr", type=float, default=0.001)
-    parser.add_argument("--arms", default=";".join([FLOAT, *ARMS]))
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time, each with one thread")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "resnet20_qat")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    folder = data_folder("cifar10-jpeg")
-    data = TensorDataset(*read_images(folder / "train.parquet", 50_000))
-    images, labels = read_images(folder / "test.parquet", 10_000)
-    control = load_control(folder, arguments.out, data)
-    reference = accuracy(control.eval(), images, labels)
-    print(f"control: {reference:.2f}", flush=True)
-    results = arguments.out / "runs.jsonl"
-    done = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
-    for seed in range(arguments.seeds):
-        for name in arguments.arms.split(";"):
-            key = {"arm": name, "seed": seed, "epochs": arguments.epochs, "lr": arguments.lr}
-            if any(key.items() <= run.items() for run in done):
-                continue
-            model = load_control(folder, arguments.out, data)
-            callbacks = [] if name == FLOAT else [arm(ARMS[name], arguments.scale_lr)]
-            seconds = fit(model, data, arguments.epochs, arguments.lr, seed, *callbacks)
-            run = {**key, "accuracy": accuracy(model.eval(), images, labels), "seconds": round(seconds)}
-            print(run, flush=True)
-            done.append(run)
-            with results.open("a") as file:
-                file.write(json.dumps(run) + "\n")
-    report(arguments.out, reference, [run for run in done if run["epochs"] == arguments.epochs], arguments)
+    if arguments.run:
+        logging.disable(logging.WARNING)
+        torch.set_num_threads(1)
+        print(json.dumps(train(json.loads(arguments.run), arguments.out)))
+        return
+    load_control(arguments.out)
+    done = read_runs(arguments.out)
+    runs = plan(arguments.suite, arguments.epochs, arguments.seeds)
+    missing = [run for run in runs if not any(run.items() <= each.items() for each in done)]
+    carry_out(__file__, missing, arguments.out, arguments.jobs)
+    report(arguments.out)
 
 
-def report(out: Path, reference: float, runs: list[dict[str, Any]], arguments: argparse.Namespace) -> None:
-    """Print the table and write it, with the conditions, beside the command."""
-    floats = [run["accuracy"] for run in runs if run["arm"] == FLOAT]
+def report(out: Path) -> None:
+    """Print the tables and write them, with the conditions, beside the command."""
+    images, labels = read_images(data_folder("cifar10-jpeg") / "test.parquet", 10_000)
+    reference = accuracy(load_control(out).eval(), images, labels)
+    runs = [run for run in read_runs(out) if not run["is_tuning"]]
     lines = [
         "# Quantization-aware training of ResNet-20",
         "",
-        f"`python benchmarks/resnet20_qat.py --epochs {arguments.epochs} --seeds {arguments.seeds}`. Top-1 accuracy",
-        "in percent on the 10,000 test images, last weights; weights per output channel, inputs static per tensor,",
-        f"first and last layer at 8 bits. Fine-tuned in float for {CONTROL_EPOCHS} epochs first: {reference:.2f}.",
-        "",
-        "| arm | accuracy | drop from float continued | minutes |",
-        "|---|---|---|---|",
+        "`python benchmarks/resnet20_qat.py --epochs N`, and `--suite ablation`. Top-1 in percent on the 10,000",
+        "test images with the last weights, and the drop from the float arm continued for as many epochs. Weights per",
+        "output channel, inputs static per tensor, first and last layer at 8 bits; SGD, one cycle, learning rate",
+        f"{LEARNING_RATE:g}, not tuned. Everything: {', '.join(map(describe, BEST.items()))}.",
+        f"All start from a float fine-tuning of {CONTROL_EPOCHS} epochs, which has {reference:.2f}.",
     ]
-    for name in dict.fromkeys(run["arm"] for run in runs):
-        scores = [run["accuracy"] for run in runs if run["arm"] == name]
-        minutes = sum(run["seconds"] for run in runs if run["arm"] == name) / 60 / len(scores)
-        drop = sum(floats) / len(floats) - sum(scores) / len(scores) if floats else float("nan")
-        lines.append(f"| {name} | {', '.join(f'{score:.2f}' for score in scores)} | {drop:.2f} | {minutes:.0f} |")
+    for epochs in sorted({run["epochs"] for run in runs}, reverse=True):
+        lines += ["", f"## {epochs} epochs", "", "| arm | bits | accuracy | drop | minutes |", "|---|---|---|---|---|"]
+        lines += [row_of(run, runs) for run in runs if run["epochs"] == epochs]
     publish(out, lines)
+
+
+def describe(argument: tuple[str, Any]) -> str:
+    """Return an argument as it is written."""
+    return f"`{argument[0]}={argument[1]!r}`"
+
+
+def row_of(run: dict[str, Any], runs: list[dict[str, Any]]) -> str:
+    """Return the line of a run; the drop is from the float arm of the same seed and epochs."""
+    same = [each for each in runs if all(each[key] == run[key] for key in ("epochs", "seed")) and each["arm"] == FLOAT]
+    drop = f"{same[0]['accuracy'] - run['accuracy']:.2f}" if same else ""
+    bits = "32" if run["arm"] == FLOAT else f"W{run['bits']}A{run['bits']}"
+    return f"| {run['arm']} | {bits} | {run['accuracy']:.2f} | {drop} | {run['seconds'] / 60:.0f} |"
 
 
 if __name__ == "__main__":

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from lightning_qat.records import package_versions
 
@@ -35,3 +39,31 @@ def publish(out: Path, lines: Sequence[str]) -> None:
     print(text)
     out.mkdir(parents=True, exist_ok=True)
     (out / "README.md").write_text(text)
+
+
+def read_runs(out: Path) -> list[dict[str, Any]]:
+    """Return the runs that a folder has records of."""
+    path = out / "runs.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def append_run(out: Path, run: Mapping[str, Any]) -> None:
+    """Add the record of a run."""
+    with (out / "runs.jsonl").open("a") as file:
+        file.write(json.dumps(run) + "\n")
+    print(json.dumps(run), flush=True)
+
+
+def carry_out(script: str, runs: Sequence[Mapping[str, Any]], out: Path, jobs: int) -> None:
+    """Run ``script --run JSON`` for each run, some at a time with one thread each, and record its last line."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run_in_process(run: Mapping[str, Any]) -> None:
+        command = [sys.executable, "-W", "ignore", script, "--run", json.dumps(run), "--out", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        if done.returncode:
+            sys.exit(f"{run} failed:\n{done.stderr[-3000:]}")
+        append_run(out, json.loads(done.stdout.strip().splitlines()[-1]))
+
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(run_in_process, runs))
