@@ -161,7 +161,8 @@ class _Selection:
         if qat_class is None:
             bases = [base.__name__ for base in QAT_CLASSES if issubclass(layer_type, base)]
             hint = f", a subclass of {bases[0]} (support it with mapping=)" if bases else ""
-            return f"no quantized form of the parameters of {layer_type.__name__} itself{hint}"
+            of_its_own = "the parameters outside layers of " if any(True for _ in module.children()) else ""
+            return f"no quantized form of {of_its_own}{layer_type.__name__}{hint}"
         if not isinstance(module._parameters.get("weight"), nn.Parameter):
             return "its weight is computed, not a parameter"
         if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):

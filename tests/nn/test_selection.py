@@ -415,3 +415,15 @@ def test_the_whole_name_of_a_module_means_that_module_alone():
     assert names(make_plan(nn.ModuleDict({"model": model}), rules, ["model.conv1"]))[0] == "model.layer1.conv1"
     ruled = make_plan(model, parse_rules([{"target": "*", "scheme": "w4"}, {"target": "conv1", "scheme": "w8"}]))
     assert [layer.scheme.num_bits for layer in ruled.layers] == [8, 4, 4, 4]
+
+
+def test_parameters_outside_layers_do_not_read_as_if_the_whole_model_stayed_in_float():
+    class WithPositions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pos, self.fc = nn.Parameter(torch.zeros(4, 8)), nn.Linear(8, 8)
+
+    model = nn.Sequential(WithPositions(), nn.Linear(8, 2))
+    plan = make_plan(model, parse_rules("w4"))
+    assert plan.skipped == {"0": "no quantized form of the parameters outside layers of WithPositions"}
+    assert [layer.name for layer in plan.layers] == ["0.fc", "1"]
