@@ -20,12 +20,12 @@ from statistics import mean, stdev
 import torch
 from hydra import compose, initialize_config_module
 from shared import append_run, publish, read_runs
+from stories260k_arms import ANNEALED
 
 from lightning_qat import QATCallback
 from lightning_qat.cli.arms import ArmRunner, load_trained
 
 WIDTHS = (4, 3, 2)
-EARLY = {4: {0.0: 8, 0.35: 4}, 3: {0.0: 8, 0.175: 4, 0.35: 3}, 2: {0.0: 8, 0.12: 4, 0.24: 3, 0.35: 2}}
 SHARES = {4: [8, 4], 3: [8, 4, 3], 2: [8, 4, 3, 2]}
 CONTROL = "float control"
 METHODS = ("direct", "annealed in 35 %", "annealed in equal shares")
@@ -33,7 +33,7 @@ METHODS = ("direct", "annealed in 35 %", "annealed in equal shares")
 
 def make_callback(method: str, bits: int) -> QATCallback:
     """Return the callback of an arm; grids are those of the recipe."""
-    schedules = {"direct": None, "annealed in 35 %": EARLY[bits], "annealed in equal shares": SHARES[bits]}
+    schedules = {"direct": None, "annealed in 35 %": ANNEALED[bits], "annealed in equal shares": SHARES[bits]}
     grid = "-nozero" if bits == 2 else ""
     return QATCallback(f"w{bits}g32{grid}-bf16", schedule=schedules[method])
 

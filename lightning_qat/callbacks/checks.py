@@ -51,19 +51,24 @@ def check_rates_of_scales(root: nn.Module, optimizers: Sequence[Any]) -> None:
         QATConfigurationError: If the groups of ``configure_optimizers`` give one another.
     """
     rates = {
-        parameter: group.get("max_lr", group.get("initial_lr", group["lr"]))
+        parameter: _peak_rate(group)
         for optimizer in optimizers
         for group in optimizer.param_groups
         for parameter in group["params"]
     }
     for name, layer in weight_fake_quants(root):
         own, of_scale = rates.get(layer.weight), rates.get(layer.weight_fake_quant.log_scale_ratio)
-        if own is not None and of_scale is not None and not math.isclose(float(own), float(of_scale)):
+        if own is not None and of_scale is not None and not math.isclose(own, of_scale):
             raise QATConfigurationError(
-                f"scale_lr='same' stands for the learning rate of the weights, which is {float(own):g} for {name}; but "
-                f"configure_optimizers puts its scales, by their shape or name, into a group with {float(of_scale):g}. "
+                f"scale_lr='same' stands for the learning rate of the weights, which is {own:g} for {name}; but "
+                f"configure_optimizers puts its scales, by their shape or name, into a group with {of_scale:g}. "
                 "Put parameters whose name ends in 'log_scale_ratio' beside the weights, or give scale_lr a number."
             )
+
+
+def _peak_rate(group: Mapping[str, Any]) -> float:
+    """Return the learning rate that a scheduler starts from, or leads up to."""
+    return float(group.get("max_lr", group.get("initial_lr", group["lr"])))
 
 
 def check_pruning(callbacks: Sequence[pl.Callback], writers: Sequence[str]) -> None:
@@ -128,7 +133,7 @@ def warn_of_other_scale_lr(scales: Mapping[str, nn.Parameter], optimizers: Seque
     learned = set(scales.values())
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     for group in groups:
-        peak = group.get("max_lr", group.get("initial_lr", group["lr"]))
+        peak = _peak_rate(group)
         if learned.intersection(group["params"]) and not math.isclose(peak, scale_lr):
             rank_zero_warn(
                 f"The learning rate scheduler sets the learning rate of the scales to {peak:g}, not to "

@@ -43,8 +43,8 @@ def recommended_arguments(rules: Sequence[Rule], overrides: Mapping[str, Any]) -
 
 
 def _has_better_grid(scheme: QuantScheme) -> bool:
-    has_other_rule = scheme.scale_rule not in (None, "half_range")
-    return scheme.num_bits == 2 and scheme.symmetric and scheme.zero_offset == 0 and not has_other_rule
+    is_usual = scheme.symmetric and scheme.zero_offset == 0 and scheme.scale_rule == "half_range"
+    return scheme.num_bits == 2 and is_usual
 
 
 def _without_zero(scheme: QuantScheme) -> str:

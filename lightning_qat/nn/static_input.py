@@ -108,7 +108,7 @@ class StaticInputFakeQuantize(InputFakeQuantize):
         self.seen, self.pending = (self.config.observer.empty(device) for _ in range(2))
         self.scale = zeros + 1
         self.zero_point = None if self.scheme.symmetric else zeros.clone()
-        self._is_ready, self._zero_point_moves = zeros.clone(), zeros.clone()
+        self._is_ready = zeros.clone()
         self.is_calibrated = self.is_settled = False
         self.num_steps = 0
         for parameter in self.parameters():
@@ -177,7 +177,6 @@ class StaticInputFakeQuantize(InputFakeQuantize):
     def _mark_calibrated(self, is_calibrated: bool) -> None:
         self.is_calibrated = is_calibrated
         self._is_ready.fill_(float(is_calibrated))
-        self._zero_point_moves.copy_(self.seen[:1] < 0)
 
     def settle(self) -> None:
         """End the calibration."""
@@ -207,7 +206,7 @@ class StaticInputFakeQuantize(InputFakeQuantize):
                 log_scale(scale, gathered(self.log_scale_ratio), factor), self.scheme.torch_scale_dtype
             )
             if zero_point is not None and self.zero_point_offset is not None:
-                factor = self._zero_point_moves * factor / (self.scale * num_steps).square()
+                factor = (self.seen[:1] < 0) * factor / (self.scale * num_steps).square()
                 bounds = (torch.as_tensor(levels.qmin), torch.as_tensor(levels.qmax))
                 zero_point = learned_zero_point(zero_point, gathered(self.zero_point_offset), *bounds, factor)
         return QuantParams(scale.view(1, 1), None if zero_point is None else zero_point.view(1, 1))
@@ -244,7 +243,7 @@ class StaticInputFakeQuantize(InputFakeQuantize):
         super()._move_to(device)
         if self.seen.is_meta and device.type != "meta":
             self.reset(device)
-        for name in ("seen", "pending", "scale", "zero_point", "_is_ready", "_zero_point_moves"):
+        for name in ("seen", "pending", "scale", "zero_point", "_is_ready"):
             tensor = getattr(self, name)
             setattr(self, name, None if tensor is None else tensor.to(device))
 
@@ -274,7 +273,7 @@ class StaticInputFakeQuantize(InputFakeQuantize):
         self.seen, self.pending = state["seen"].clone().to(device), pending.to(device)
         self.scale = state["scale"].clone().to(device)
         self.zero_point = None if self.zero_point is None else state["zero_point"].clone().to(device)
-        self._is_ready, self._zero_point_moves = torch.zeros(2, 1, device=device).unbind()
+        self._is_ready = torch.zeros(1, device=device)
         self.is_calibrated = False  # so that a change of width finds no other grid
         super().set_extra_state(state)
         self._mark_calibrated(state["is_calibrated"])

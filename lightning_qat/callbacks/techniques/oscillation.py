@@ -231,25 +231,25 @@ class Oscillation(Technique):
         """Return the shares of oscillating and of frozen weights, over all layers together."""
         if not self._states:
             return {}
-        counts = torch.stack([state.counts(self.threshold) for state in self._states.values()]).sum(0).tolist()
-        numel = sum(state.codes.numel() for state in self._states.values())
-        figures = {"oscillating_fraction": counts[0] / numel}
-        if self.freeze_threshold is not None:
-            figures["frozen_fraction"] = counts[1] / numel
-        return figures
+        return self._shares(self._counts().sum(0).tolist(), sum(self._sizes().values()))
 
     @override
     def layer_figures(self) -> Mapping[str, Mapping[str, float]]:
         """Return the same by layer."""
         if not self._states:
             return {}
-        counts = torch.stack([state.counts(self.threshold) for state in self._states.values()]).tolist()
+        rows = zip(self._sizes().items(), self._counts().tolist(), strict=True)
+        return {layer: self._shares(numbers, numel) for (layer, numel), numbers in rows}
+
+    def _counts(self) -> Tensor:
+        return torch.stack([state.counts(self.threshold) for state in self._states.values()])
+
+    def _sizes(self) -> dict[str, int]:
+        return {name: state.codes.numel() for name, state in self._states.items()}
+
+    def _shares(self, numbers: Sequence[float], numel: int) -> dict[str, float]:
         names = ("oscillating_fraction", "frozen_fraction")[: 1 + (self.freeze_threshold is not None)]
-        sizes = {name: state.codes.numel() for name, state in self._states.items()}
-        return {
-            layer: {name: number / numel for name, number in zip(names, numbers, strict=False)}
-            for (layer, numel), numbers in zip(sizes.items(), counts, strict=True)
-        }
+        return {name: number / numel for name, number in zip(names, numbers, strict=False)}
 
     @override
     def state_dict(self) -> dict[str, Any]:
