@@ -89,6 +89,25 @@ def check_pruning(callbacks: Sequence[pl.Callback], writers: Sequence[str]) -> N
         )
 
 
+def check_adapters(root: nn.Module, writers: Sequence[str]) -> None:
+    """Check that no technique writes into a weight that adapters train.
+
+    Args:
+        root: The module.
+        writers: Names of the techniques that change weights, or their gradients, themselves.
+
+    Raises:
+        QATConfigurationError: If one does.
+    """
+    adapted = [name for name, layer in weight_fake_quants(root) if len(layer.parameters_of(layer)) > 1]
+    if writers and adapted:
+        raise QATConfigurationError(
+            f"{writers[0]} changes weights one by one, and {adapted[0]} trains by adapters, which cannot follow. Leave "
+            f"it out ({writers[0]}=None, for QATCallback.recommended, too), or let it only look: oscillation=True, "
+            "init without weights."
+        )
+
+
 def check_strategy(trainer: pl.Trainer, root: nn.Module, names: Sequence[str]) -> None:
     """Check that no technique needs a model that is spread over processes.
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_qat.callbacks.timeline import Timeline
 from lightning_qat.nn import WeightFakeQuantize, quantized_layers, set_num_bits, static_inputs, weight_fake_quants
+from lightning_qat.nn.annealed_grid import AnnealedGrid
 
 
 def advance(root: nn.Module, timeline: Timeline, step: int) -> None:
@@ -59,11 +60,8 @@ def _is_due(quantizer: WeightFakeQuantize, steps_on_rung: int) -> bool:
 
 def learned_scales(root: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of all learned grids by name: scales of weights, scales and zero-points of inputs."""
-    ratios = {name: layer.weight_fake_quant.log_scale_ratio for name, layer in weight_fake_quants(root)}
-    scales = {f"{name}.weight_fake_quant.log_scale_ratio": r for name, r in ratios.items() if r is not None}
-    for name, quantizer in static_inputs(root).items():
-        scales.update({f"{name}.input_fake_quant.{key}": each for key, each in quantizer.named_parameters()})
-    return scales
+    grids = ((name, module) for name, module in root.named_modules() if isinstance(module, AnnealedGrid))
+    return {f"{name}.{key}": parameter for name, grid in grids for key, parameter in grid.named_parameters()}
 
 
 def mean_bits(root: nn.Module) -> float:

@@ -18,6 +18,7 @@ from typing_extensions import override
 from lightning_qat.callbacks.arguments import build_schedule
 from lightning_qat.callbacks.bypass import BypassCheck
 from lightning_qat.callbacks.checks import (
+    check_adapters,
     check_callbacks,
     check_pruning,
     check_rates_of_scales,
@@ -320,10 +321,12 @@ class QATCallback(TechniqueHost):
         """Check everything that needs model, loaders and optimizers, and print the summary."""
         assert self.plan is not None
         with as_configuration_error():
-            check_finite({layer.name: layer.weight for layer in self.plan.layers})
+            check_finite({layer.name: layer.matrix() for layer in self.plan.layers})
         self._check_scales(trainer, pl_module)
         check_strategy(trainer, pl_module, [each.name for each in self.techniques if each.needs_whole_model])
-        check_pruning(trainer.callbacks, [each.name for each in self.techniques if each.writes_weights])  # type: ignore[attr-defined]
+        writers = [each.name for each in self.techniques if each.writes_weights]
+        check_adapters(pl_module, writers)
+        check_pruning(trainer.callbacks, writers)  # type: ignore[attr-defined]
         is_continued = self._is_restored or trainer.global_step > 0
         self._closed_loop.start(trainer, is_continued)
         self.timeline = make_timeline(

@@ -117,7 +117,7 @@ class ScaleDrift:
     def _measure(self, root: nn.Module, step: int) -> None:
         before, self._step = self._log_scales, step
         self._log_scales = {
-            name: layer.weight_fake_quant.qparams(layer.to_matrix(layer.weight)).scale.abs().log()
+            name: layer.weight_fake_quant.qparams(layer.matrix()).scale.abs().log()
             for name, layer in weight_fake_quants(root)
         }
         if before:

@@ -54,8 +54,11 @@ def _describe_layers(plan: Plan) -> str:
         by_scheme[str(layer.scheme)].append(layer.name)
     most = max(map(len, by_scheme.values()))
     usual = next(scheme for scheme, names in by_scheme.items() if len(names) == most)
+    adapted = sum(len(layer.parameters) > 1 for layer in plan.layers)
+    merged = f"; {adapted} of them with their adapters merged, as they are deployed" if adapted else ""
     named = {scheme: "" if scheme == usual else f" ({_name_some(names)})" for scheme, names in by_scheme.items()}
-    return ", ".join(f"{_count(len(by_scheme[scheme]), 'layer')} at {scheme}{names}" for scheme, names in named.items())
+    counts = [f"{_count(len(by_scheme[scheme]), 'layer')} at {scheme}{names}" for scheme, names in named.items()]
+    return ", ".join(counts) + merged
 
 
 def _count(number: int, noun: str) -> str:

@@ -89,7 +89,7 @@ def make_teacher(
     if teacher is None and keeps_float_weights(student):
         return None
     with as_configuration_error():
-        copied = CopyTeacher(student, dtype)
+        copied = CopyTeacher(student, dtype, share=teacher is None)
     for hook in list(vars(copied.module)):
         remove_patch(copied.module, hook)
     return copied

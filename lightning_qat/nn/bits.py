@@ -32,14 +32,15 @@ def bit_report(root: nn.Module, num_bits: float | None = None) -> BitReport:
         root: The model, with fake quantization.
         num_bits: A rung of the schedule. Default: the final widths.
     """
-    quantized_bits, quantized_numel, quantized = 0.0, 0, set()
+    quantized_bits, quantized_numel = 0.0, 0
+    quantized: set[nn.Parameter] = set()  # adapters that are merged into a weight have no size of their own
     for _, layer in weight_fake_quants(root):
         scheme = layer.weight_fake_quant.scheme
         scheme = scheme if num_bits is None else scheme.at(num_bits)
         shape = layer.to_matrix(layer.weight.detach()).shape
         quantized_bits += scheme.effective_bits(*shape) * shape.numel()
         quantized_numel += shape.numel()
-        quantized.add(layer.weight)
+        quantized.update(layer.parameters_of(layer))
     prefixes = quantizer_prefixes(root)
     floats = ((name, p) for name, p in root.named_parameters() if p not in quantized and not is_lazy(p))
     others = [p for name, p in floats if not name.startswith(prefixes)]

@@ -83,7 +83,7 @@ def apply_plan(
     inputs: StaticInputConfig | None = None,
 ) -> None:
     """Carry out ``plan`` on ``root``, whose modules it refers to."""
-    check_finite({layer.name: layer.weight for layer in plan.layers})
+    check_finite({layer.name: layer.matrix() for layer in plan.layers})
     planned = {layer.module for layer in plan.layers}
     for module in quantized_layers(root).values():
         if module not in planned:
@@ -133,8 +133,9 @@ def _swap(
     module = layer.module
     input_fake_quant = _input_fake_quant(layer, estimator, inputs)
     module.__class__ = layer.qat_class
-    module.register_module("weight_fake_quant", weight_fake_quant)
-    module.register_module("input_fake_quant", input_fake_quant)
+    holder = module.get_submodule(layer.qat_class.inner)
+    holder.register_module("weight_fake_quant", weight_fake_quant)
+    holder.register_module("input_fake_quant", input_fake_quant)
     module.train(module.training)
 
 
@@ -179,7 +180,8 @@ def restore_float(root: nn.Module) -> None:
 
 
 def _restore_layer(layer: QATLayer) -> None:
-    del layer._modules["weight_fake_quant"], layer._modules["input_fake_quant"]
+    holder = layer.get_submodule(layer.inner)
+    del holder._modules["weight_fake_quant"], holder._modules["input_fake_quant"]
     layer.__class__ = layer.float_class  # type: ignore[assignment]
 
 
@@ -309,7 +311,7 @@ def prepare_passing(root: nn.Module, plan: Plan) -> None:
 @torch.no_grad()
 def load_quantized_weight(layer: QATLayer, quantized: QuantizedWeight, num_bits: float) -> None:
     """Give a layer whose weight passes unchanged dequantized values, and quantize its input at ``num_bits``."""
-    layer.weight.copy_(layer.from_matrix(quantized.dequantize(), layer.weight))
+    layer.set_matrix(quantized.dequantize())
     layer.weight_fake_quant.loaded = quantized
     if layer.input_fake_quant is not None:
         layer.input_fake_quant.set_num_bits(num_bits)

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from lightning_qat.nn.annealed_grid import AnnealedGrid
 from lightning_qat.nn.calls import Call, around_calls, attention_mask, holds_compiled, recorded_outputs, unwrap
 from lightning_qat.nn.distillation import DistillationError, Objective, relative_error
-from lightning_qat.nn.layers import QATLayer
-from lightning_qat.nn.plan import float_type
+from lightning_qat.nn.layers import QATLayer, float_type
 from lightning_qat.nn.rules import check_patterns, matches
 from lightning_qat.nn.teacher import FunctionTeacher, ModuleTeacher, OwnWeights, Teacher
 

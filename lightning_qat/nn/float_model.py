@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_qat.nn.adapters import is_adapter_layer
 from lightning_qat.nn.annealed_grid import AnnealedGrid
 from lightning_qat.nn.calls import holds_compiled, unwrap
 from lightning_qat.nn.convert import restore_float
@@ -88,8 +89,24 @@ def keeps_float_weights(student: nn.Module) -> bool:
     return all(isinstance(weight, nn.Parameter) and not weight.requires_grad for weight in weights)
 
 
-def float_copy(student: nn.Module) -> nn.Module:
+def frozen_under_adapters(student: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters that do not train, by name, if the student trains by adapters (PEFT); else none.
+
+    Elsewhere parameters are frozen for a while, too, and train later.
+    """
+    student = unwrap(student)
+    if not any(is_adapter_layer(module) for module in student.modules()):
+        return {}
+    own = weights_of(student)
+    return {name: each for name, each in own.items() if isinstance(each, nn.Parameter) and not each.requires_grad}
+
+
+def float_copy(student: nn.Module, shared: Sequence[Tensor] = ()) -> nn.Module:
     """Return a copy of ``student`` without fake quantization, that does not train, in evaluation mode, not compiled.
+
+    Args:
+        student: The module.
+        shared: Weights that the copy shares with it.
 
     Raises:
         DistillationError: If there is nothing to copy, or it cannot be copied.
@@ -99,7 +116,8 @@ def float_copy(student: nn.Module) -> nn.Module:
         raise DistillationError("The weights are on the meta device. Materialise them in configure_model.")
     kept = [value for module in student.modules() for value in vars(module).values() if _is_intermediate(value)]
     try:
-        twin = copy.deepcopy(student, {id(tensor): tensor.detach().clone() for tensor in kept})
+        memo = {id(tensor): tensor.detach().clone() for tensor in kept} | {id(tensor): tensor for tensor in shared}
+        twin = copy.deepcopy(student, memo)
     except (TypeError, RuntimeError) as error:
         raise DistillationError(
             f"The teacher would be a copy of {type(student).__name__}, which cannot be copied: {error}. Give a module "

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_qat.nn.forward import drop_padding
 from lightning_qat.nn.layers import QATLayer
-from lightning_qat.nn.plan import find_qat_class, float_type
+from lightning_qat.nn.plan import find_qat_class
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -23,7 +23,7 @@ def num_columns(module: nn.Module) -> int:
     """Return ``I``, the number of columns of the weight's matrix."""
     weight = module.weight
     assert isinstance(weight, Tensor)
-    return (find_qat_class(float_type(module), None) or QATLayer).to_matrix(weight).shape[1]
+    return (find_qat_class(module, None) or QATLayer).to_matrix(weight).shape[1]
 
 
 def columns_per_channel(module: nn.Module) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -26,15 +27,38 @@ class QATLayer(nn.Module):
     Attributes:
         float_class: The class of the layer without fake quantization.
         sample_dims: Trailing dimensions of an input that share a scale when activations are quantized.
+        inner: Name of the child that stores the weight and holds the quantizers, ``""`` for the layer itself.
         weight_fake_quant: Fake quantization of the weight; the same object in layers that share a weight.
         input_fake_quant: Fake quantization of the input, or None.
     """
 
     float_class: ClassVar[type[nn.Module]]
     sample_dims: ClassVar[int] = 1
+    inner: ClassVar[str] = ""
     weight: Tensor
     weight_fake_quant: WeightFakeQuantize
     input_fake_quant: InputFakeQuantize | None
+
+    @classmethod
+    def name_inside(cls, name: str) -> str:
+        """Return the name that something of the child that stores the weight has in the layer."""
+        return f"{cls.inner}.{name}" if cls.inner else name
+
+    @staticmethod
+    def parameters_of(module: nn.Module) -> tuple[nn.Parameter, ...]:
+        """Return the parameters that make up the weight of ``module``, which may be in float, the stored one first.
+
+        None if its weight is computed by other means.
+        """
+        weight = module._parameters.get("weight")
+        return () if weight is None else (weight,)
+
+    @staticmethod
+    def weight_of(module: nn.Module) -> Tensor:
+        """Return the weight that ``module``, which may be in float, computes with, in the layout of the stored one."""
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     @staticmethod
     def to_matrix(weight: Tensor) -> Tensor:
@@ -46,16 +70,25 @@ class QATLayer(nn.Module):
         """Return ``matrix`` ``[O, I]`` in the layout of ``weight``."""
         return matrix.view_as(weight)
 
+    def matrix(self) -> Tensor:
+        """Return the float weight as ``[O, I]``."""
+        return self.to_matrix(self.weight_of(self))
+
     def whole_matrix(self) -> Tensor:
-        """Return the weight as ``[O, I]``, for what looks at it outside the layer's own forward pass.
+        """Return the float weight as ``[O, I]``, for what looks at it outside the layer's own forward pass.
 
         If it is spread over processes, all must call this.
         """
-        return self.to_matrix(gathered(self.weight))
+        return self.to_matrix(gathered(self.weight_of(self)))
+
+    @torch.no_grad()
+    def set_matrix(self, matrix: Tensor) -> None:
+        """Let the float weight be ``matrix`` ``[O, I]``."""
+        self.weight.copy_(self.from_matrix(matrix, self.weight))
 
     def fake_quantized_weight(self) -> Tensor:
         """Return the weight as the layer uses it, in its own layout and dtype."""
-        return self.from_matrix(self.weight_fake_quant(self.to_matrix(self.weight)), self.weight)
+        return self.from_matrix(self.weight_fake_quant(self.matrix()), self.weight)
 
     def quantized_weight(self) -> QuantizedWeight:
         """Return codes and grid of the weight on the current rung."""
@@ -65,7 +98,7 @@ class QATLayer(nn.Module):
         """Let the quantizers, which see only their own entries, know whether the weight is loaded."""
         for quantizer in (self.weight_fake_quant, self.input_fake_quant):
             if quantizer is not None:
-                quantizer.loads_weight = f"{prefix}weight" in state_dict
+                quantizer.loads_weight = f"{prefix}{self.name_inside('weight')}" in state_dict
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _input(self, x: Tensor) -> Tensor:
@@ -120,3 +153,8 @@ class QATConv3d(_QATConv, nn.Conv3d):
 
     float_class = nn.Conv3d
     sample_dims = 4
+
+
+def float_type(module: nn.Module) -> type[nn.Module]:
+    """Return the class of a module as it is or was in float."""
+    return module.float_class if isinstance(module, QATLayer) else type(module)

@@ -137,7 +137,7 @@ def holds_values(layer: QATLayer) -> bool:
 
 def current_codes(layer: QATLayer) -> Tensor:
     """Return the integer codes of the weight on the current rung, int8 ``[O, I]``."""
-    matrix, quantizer = layer.to_matrix(layer.weight), layer.weight_fake_quant
+    matrix, quantizer = layer.matrix(), layer.weight_fake_quant
     return nearest_codes(matrix, quantizer.qparams(matrix), quantizer.rung_scheme)
 
 
@@ -146,12 +146,12 @@ def hold_frozen(layer: QATLayer, state: OscillationState) -> None:
     """Put every frozen weight of ``layer`` back to where it is held."""
     assert state.anchor is not None
     assert state.frozen is not None
-    matrix, quantizer = layer.to_matrix(layer.weight), layer.weight_fake_quant
+    matrix, quantizer = layer.matrix(), layer.weight_fake_quant
     held = state.anchor
     if not holds_values(layer):
         held = dequantize(held, quantizer.qparams(matrix), quantizer.rung_scheme)
     held = torch.where(state.frozen, held.to(matrix.dtype), matrix)
-    layer.weight.copy_(layer.from_matrix(held, layer.weight))
+    layer.set_matrix(held)
 
 
 @torch.no_grad()

@@ -78,8 +78,9 @@ class PendingWeights:
         stats = _merge([self._known.pop(layer.name) for layer in layers])
         first = layers[0]
         schemes = [replace(first.scheme.at(width), activation=None) for width in self.bits]
-        matrix = first.qat_class.to_matrix(weight.detach())
-        found, reports = quantize_layer(first.name, matrix, schemes, self.bits, self.methods, self.observer, stats)
+        found, reports = quantize_layer(
+            first.name, first.matrix(), schemes, self.bits, self.methods, self.observer, stats
+        )
         self.reports += reports
         for method, weights in found.items():
             for width, quantized in zip(self.bits, weights, strict=True):

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_qat.core import QuantScheme
-from lightning_qat.nn.layers import QATConv1d, QATConv2d, QATConv3d, QATEmbedding, QATLayer, QATLinear
+from lightning_qat.nn.adapters import find_adapter_class, is_adapter_layer
+from lightning_qat.nn.layers import QATConv1d, QATConv2d, QATConv3d, QATEmbedding, QATLayer, QATLinear, float_type
 from lightning_qat.nn.static_input import InputStatistics
 
 QAT_CLASSES: dict[type[nn.Module], type[QATLayer]] = {
@@ -52,16 +53,24 @@ class PlannedLayer:
         return self.scheme.has_static_activation
 
     @property
+    def parameters(self) -> tuple[nn.Parameter, ...]:
+        """All parameters that make up the weight; see :meth:`QATLayer.parameters_of`."""
+        return self.qat_class.parameters_of(self.module)
+
+    @property
     def weight(self) -> nn.Parameter:
-        """The parameter that is quantized."""
-        weight = self.module._parameters["weight"]
-        assert weight is not None
-        return weight
+        """The parameter that holds the weight."""
+        return self.parameters[0]
 
     @property
     def matrix_shape(self) -> torch.Size:
         """``(O, I)`` of the weight."""
         return self.qat_class.to_matrix(self.weight.detach()).shape
+
+    @torch.no_grad()
+    def matrix(self) -> Tensor:
+        """Return the float weight that is quantized, ``[O, I]``."""
+        return self.qat_class.to_matrix(self.qat_class.weight_of(self.module))
 
     def __repr__(self) -> str:
         """Describe the layer in one line, without its module."""
@@ -96,7 +105,7 @@ def plan_exactly(
     modules = dict(root.named_modules())
     layers = []
     for name, scheme in schemes.items():
-        qat_class = find_qat_class(float_type(modules[name]), mapping) if name in modules else None
+        qat_class = find_qat_class(modules[name], mapping) if name in modules else None
         if qat_class is None:
             raise ValueError(
                 f"The checkpoint quantizes '{name}', which is not a quantizable layer of this model. Build the model "
@@ -129,9 +138,12 @@ def plan_as_prepared(root: nn.Module, num_bits: float) -> Plan:
 
 
 def find_qat_class(
-    layer_type: type[nn.Module], mapping: Mapping[type[nn.Module], type[QATLayer]] | None
+    module: nn.Module, mapping: Mapping[type[nn.Module], type[QATLayer]] | None
 ) -> type[QATLayer] | None:
-    """Return what a layer of exactly this class turns into, or None."""
+    """Return what a layer turns into, by its exact class in float, or None."""
+    layer_type = float_type(module)
+    if is_adapter_layer(module):
+        return (mapping or {}).get(layer_type) or find_adapter_class(module)
     if (layer_type.__module__, layer_type.__name__) == ("transformers.pytorch_utils", "Conv1D"):
         from lightning_qat.nn.hf_conv1d import QATConv1D
 
@@ -172,8 +184,3 @@ def _forward_fits(layer: type[nn.Module], qat_class: type[QATLayer]) -> bool:
     if issubclass(owner, layer):
         return owner is not layer
     return any(layer.forward is base.forward for base in layer.__mro__ if base in QAT_CLASSES)
-
-
-def float_type(module: nn.Module) -> type[nn.Module]:
-    """Return the class of a module as it is or was in float."""
-    return module.float_class if isinstance(module, QATLayer) else type(module)

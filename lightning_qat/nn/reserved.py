@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
+from lightning_qat.nn.adapters import is_adapted_model
 from lightning_qat.nn.annealed_grid import AnnealedGrid
 
 OUTPUT_HEAD_NAMES = ("lm_head", "embed_out")
@@ -14,11 +15,14 @@ OUTPUT_HEAD_NAMES = ("lm_head", "embed_out")
 def frozen_parts(root: nn.Module) -> set[str]:
     """Return the parts of the model of whose parameters none trains, unless nothing trains at all.
 
-    The parts are the children of ``root``, or of the innermost module that holds all parameters.
+    The parts are the children of ``root``, or of the innermost module that holds all parameters. What adapters (PEFT)
+    are trained in is one part, though most of it is frozen.
     """
     prefix, whole = "", root
-    while len(holders := _parameter_holders(whole)) == 1 and not whole._parameters:
+    while len(holders := _parameter_holders(whole)) == 1 and not (whole._parameters or is_adapted_model(whole)):
         prefix, whole = f"{prefix}{next(iter(holders))}.", next(iter(holders.values()))
+    if is_adapted_model(whole):
+        return set()
     trains = {name: any(p.requires_grad for p in _float_parameters(child)) for name, child in holders.items()}
     own_trains = any(p is not None and p.requires_grad for p in whole._parameters.values())
     if not own_trains and not any(trains.values()):

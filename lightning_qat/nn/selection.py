@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_qat.core import fitting_group_sizes
-from lightning_qat.nn.layers import QATLayer
-from lightning_qat.nn.plan import QAT_CLASSES, Plan, PlannedLayer, find_qat_class, float_type
+from lightning_qat.nn.adapters import explain_adapter, is_adapter_layer, parts_of_adapters, replaced_modules
+from lightning_qat.nn.layers import QATLayer, float_type
+from lightning_qat.nn.plan import QAT_CLASSES, Plan, PlannedLayer, find_qat_class
 from lightning_qat.nn.reserved import frozen_parts, output_heads
 from lightning_qat.nn.rules import Rule, check_patterns, matches
 
@@ -64,11 +65,12 @@ class _Selection:
         for name, module in root.named_modules(remove_duplicate=False):
             self.names[module].append(name)
         self.all_names = {name for names in self.names.values() for name in names}
+        self.adapter_layers, self.replaced = parts_of_adapters(self.names), replaced_modules(self.names)
         self.owners: dict[nn.Parameter, list[nn.Module]] = defaultdict(list)
         for module in self.names:
             for parameter in module._parameters.values():
                 if parameter is not None:
-                    self.owners[parameter].append(module)
+                    self.owners[parameter].append(self.adapter_layers.get(module, module))
         self.frozen_parts = set() if include_frozen else frozen_parts(root)
         self.heads = output_heads(self.names)
         self.scope = target_module
@@ -116,11 +118,13 @@ class _Selection:
 
     def _choose(self, module: nn.Module, names: list[str]) -> PlannedLayer | str | None:
         """Return the layer as planned, the reason to leave it in float, or None if it holds no matrix."""
-        layer_type = float_type(module)
-        qat_class = find_qat_class(layer_type, self.mapping)
-        parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
-        if not any(is_lazy(parameter) or parameter.dim() > 1 for parameter in parameters):
+        layer_type, parameters = float_type(module), [each for each in module._parameters.values() if each is not None]
+        if self.adapter_layers.get(module, module) is not module:
             return None
+        holds_matrix = any(is_lazy(parameter) or parameter.dim() > 1 for parameter in parameters)
+        if not (holds_matrix or is_adapter_layer(module)):
+            return None
+        qat_class = find_qat_class(module, self.mapping)
         if any(is_lazy(parameter) for parameter in parameters):
             return "its shape is not known yet (run a batch through the model first)"
         reason = self._reason_outside(module, names) or self._reason_by_type(module, layer_type, qat_class)
@@ -142,6 +146,8 @@ class _Selection:
         return "float by rule" if scheme is None else PlannedLayer(names[0], module, qat_class, scheme)
 
     def _reason_outside(self, module: nn.Module, names: list[str]) -> str | None:
+        if module in self.replaced:
+            return "PEFT has replaced it by a copy that trains"
         parts = [_prefixes(name) for name in names]
         if self.scope is not None and not any(self.scope in prefixes for prefixes in parts):
             return "outside target_module"
@@ -158,12 +164,14 @@ class _Selection:
     def _reason_by_type(
         self, module: nn.Module, layer_type: type[nn.Module], qat_class: type[QATLayer] | None
     ) -> str | None:
+        if qat_class is None and is_adapter_layer(module):
+            return explain_adapter(module)
         if qat_class is None:
             bases = [base.__name__ for base in QAT_CLASSES if issubclass(layer_type, base)]
             hint = f", a subclass of {bases[0]} (support it with mapping=)" if bases else ""
             of_its_own = "the parameters outside layers of " if any(True for _ in module.children()) else ""
             return f"no quantized form of {of_its_own}{layer_type.__name__}{hint}"
-        if not isinstance(module._parameters.get("weight"), nn.Parameter):
+        if not qat_class.parameters_of(module):
             return "its weight is computed, not a parameter"
         if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
             return "an embedding with max_norm or sparse gradients has no quantized form"
@@ -176,16 +184,20 @@ class _Selection:
             for part in self.frozen_parts.intersection(_prefixes(name)):
                 if not isinstance(module, QATLayer):
                     yield part, [part.rpartition(".")[2]], "its part of the model does not train"
-        label = names[0].rpartition(".")[2]
         if issubclass(float_type(module), nn.Embedding):
-            yield names[0], [label, "Embedding"], "embeddings stay in float"
-        elif module in self.heads:
-            yield names[0], [label], "the output head stays in float"
+            yield names[0], [names[0].rpartition(".")[2], "Embedding"], "embeddings stay in float"
+        elif heads := [prefix for prefix in _prefixes(names[0]) if self.root.get_submodule(prefix) in self.heads]:
+            yield heads[0], [head.rpartition(".")[2] for head in heads], "the output head stays in float"
 
     def _add_ties(self, layers: dict[nn.Module, PlannedLayer], skipped: dict[str, str]) -> None:
         for planned in list(layers.values()):
             for owner in self.owners[planned.weight]:
-                name, qat_class = self.names[owner][0], find_qat_class(float_type(owner), self.mapping)
+                name, qat_class = self.names[owner][0], find_qat_class(owner, self.mapping)
+                if owner is not planned.module and self.adapter_layers.keys() & {owner, planned.module}:
+                    raise ValueError(
+                        f"'{planned.name}' and '{name}' share one weight, but adapters would make two of it. Take "
+                        "adapters and sharing apart (tie_word_embeddings=False), or add one of the layers to ignore."
+                    )
                 same_layout = qat_class is not None and qat_class.to_matrix is planned.qat_class.to_matrix
                 if not (owner in layers or owner in self.optional) or not same_layout or qat_class is None:
                     raise ValueError(

@@ -32,7 +32,7 @@ class WorkingModel:
 
     def __init__(self, root: nn.Module, plan: Plan) -> None:
         self.root, self.plan = root, plan
-        self._weights = {layer.weight: layer.weight.detach().clone() for layer in plan.layers}
+        self._weights = {each: each.detach().clone() for layer in plan.layers for each in layer.parameters}
 
     def __enter__(self) -> WorkingModel:
         """Put quantizers in, which let everything pass."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -15,6 +15,7 @@ from lightning_qat.nn.float_model import (
     cast_like,
     digest,
     float_copy,
+    frozen_under_adapters,
     keeps_float_weights,
     quantizers_passing,
     weights_of,
@@ -54,6 +55,34 @@ class Teacher(Protocol):
         ...
 
 
+class _Unchanged:
+    """Notices when weights that must stay as they are change, or begin to train.
+
+    Args:
+        weights: Weights by name.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        self.weights = weights
+        self.digest = digest(weights)
+        self._state = self._take_state()
+
+    def check(self) -> None:
+        """Look again.
+
+        Raises:
+            DistillationError: If one has changed, or trains.
+        """
+        if (state := self._take_state()) != self._state:
+            # They may have been written without a change, as a schedule does that goes back to the rung before.
+            if digest(self.weights) != self.digest or any(each.requires_grad for each in self.weights.values()):
+                raise DistillationError(_NOT_KEPT)
+            self._state = state
+
+    def _take_state(self) -> list[tuple[bool, int]]:
+        return [(weight.requires_grad, weight._version) for weight in self.weights.values()]
+
+
 class OwnWeights:
     """The student is its own teacher: its weights, which do not train, without the quantizers.
 
@@ -68,9 +97,7 @@ class OwnWeights:
         if not keeps_float_weights(student):
             raise DistillationError(_NOT_KEPT)
         self.module = student
-        self._weights = weights_of(student)
-        self._digest = digest(self._weights)
-        self._state = self._take_state()
+        self._weights = _Unchanged(weights_of(student))
 
     def teach(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any, hidden: list[str]) -> Taught:
         """Let the student compute once more, its quantizers passing what they get.
@@ -78,20 +105,13 @@ class OwnWeights:
         Raises:
             DistillationError: If the weights train now, or were changed: the float model is lost.
         """
-        if (state := self._take_state()) != self._state:
-            # They may have been written without a change, as a schedule does that goes back to the rung before.
-            if digest(self._weights) != self._digest or any(weight.requires_grad for weight in self._weights.values()):
-                raise DistillationError(_NOT_KEPT)
-            self._state = state
+        self._weights.check()
         with quantizers_passing(self.module):
             return _run(self.module, call, args, kwargs, hidden)
 
-    def _take_state(self) -> list[tuple[bool, int]]:
-        return [(weight.requires_grad, weight._version) for weight in self._weights.values()]
-
     def digest(self) -> str:
         """Return the digest of the float model."""
-        return self._digest
+        return self._weights.digest
 
     def describe(self) -> str:
         """Describe the teacher."""
@@ -109,6 +129,7 @@ class ModuleTeacher:
 
     def __init__(self, module: nn.Module, dtype: torch.dtype | None = None) -> None:
         self.module = module if dtype is None else module.to(dtype)
+        self._shared: Mapping[str, Tensor] = {}
         self._input_dtype: torch.dtype | None = None
 
     def teach(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any, hidden: list[str]) -> Taught:
@@ -132,7 +153,8 @@ class ModuleTeacher:
         return f"the given {type(self.module).__name__} ({self._describe_size()})"
 
     def _describe_size(self) -> str:
-        weights = weights_of(self.module).values()
+        shared = set(self._shared.values())
+        weights = [weight for weight in weights_of(self.module).values() if weight not in shared]
         dtypes = {str(weight.dtype).removeprefix("torch.") for weight in weights if weight.is_floating_point()}
         num_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
         return f"{', '.join(sorted(dtypes))}, {num_bytes / 2**20:.1f} MiB"
@@ -144,14 +166,28 @@ class CopyTeacher(ModuleTeacher):
     Args:
         student: The module.
         dtype: What the copy is cast to. Default: the dtypes of the student.
+        share: Whether the copy of a student with adapters (LoRA) shares what is frozen underneath, unless it is cast.
 
     Raises:
         DistillationError: If the student cannot be copied.
     """
 
-    def __init__(self, student: nn.Module, dtype: torch.dtype | None = None) -> None:
-        super().__init__(float_copy(student), dtype)
+    def __init__(self, student: nn.Module, dtype: torch.dtype | None = None, share: bool = False) -> None:
+        shared = frozen_under_adapters(student) if share and dtype is None else {}
+        super().__init__(float_copy(student, list(shared.values())), dtype)
         self.dtype = dtype
+        self._shared = shared
+        self._kept: _Unchanged | None = None
+
+    def teach(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any, hidden: list[str]) -> Taught:
+        """Call the copy.
+
+        Raises:
+            DistillationError: If weights that it shares with the student train now, or were changed.
+        """
+        if self._kept is not None:
+            self._kept.check()
+        return super().teach(call, args, kwargs, batch, hidden)
 
     def suit(self, student: nn.Module, device: torch.device) -> None:
         """Go to ``device``, and take the dtypes that ``student`` has by now."""
@@ -159,9 +195,14 @@ class CopyTeacher(ModuleTeacher):
             cast_like(self.module, student)
         super().suit(student, device)
 
+    def settle(self) -> None:
+        """Note what the shared weights are, once a checkpoint is restored."""
+        self._kept = _Unchanged(self._shared) if self._shared else None
+
     def describe(self) -> str:
         """Describe the teacher."""
-        return f"a copy of its weights ({self._describe_size()}), float as this callback first found them"
+        what = "the frozen weights with a copy of the adapters" if self._shared else "a copy of its weights"
+        return f"{what} ({self._describe_size()}), float as this callback first found them"
 
 
 class FunctionTeacher:

@@ -48,7 +48,7 @@ def state_of(task):
         parts = {f"{key}/{part}": entry for part, entry in value.items()} if isinstance(value, dict) else {key: value}
         state.update({name: None if entry is None else torch.as_tensor(entry) for name, entry in parts.items()})
     for name, layer in quantized_layers(task).items():
-        params = layer.weight_fake_quant.qparams(layer.weight)
+        params = layer.weight_fake_quant.qparams(layer.matrix())
         state[f"{name}/scale"], state[f"{name}/zero_point"] = params.scale, params.zero_point
     return state
 

@@ -182,6 +182,8 @@ def allowed(combination: Combination) -> bool:
         return False  # torch's schedulers count the groups
     if has("model") == "built late" and has("callback") in ("BaseFinetuning", "ModelPruning"):
         return False  # both look for layers before there are any
+    if has("model") == "lora" and has("callback") in ("BaseFinetuning", "ModelPruning"):
+        return False  # PEFT says what trains, and replaces the layers that would be pruned
     if has("optimization") == "accumulation" and has("callback") == "GradientAccumulationScheduler":
         return False
     if has("trainer") == "barebones":
@@ -195,6 +197,8 @@ def refusal(combination: Combination) -> str | None:
         return "automatic optimization"
     if combination["qat"] == "watched" and combination["callback"] == "ModelPruning":
         return "ModelPruning computes weights"
+    if combination["qat"] == "watched" and combination["model"] == "lora":
+        return "trains by adapters"
     if combination["callback"] == "GradientAccumulationScheduler" and combination["qat"] in ("learned", "watched"):
         return "cannot be turned into optimizer steps beside GradientAccumulationScheduler"
     return None

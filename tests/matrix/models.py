@@ -118,6 +118,12 @@ def hugging_face() -> nn.Module:
     return BertForSequenceClassification(config)
 
 
+def adapted() -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(mlp(), LoraConfig(target_modules=["0"], r=2, lora_dropout=0.1, modules_to_save=["2"]))
+
+
 BUILDERS = {
     "mlp": mlp,
     "shared module": Shared,
@@ -130,6 +136,7 @@ BUILDERS = {
     "gradient checkpointing": Checkpointed,
     "compiled submodule": partly_compiled,
     "hugging face": hugging_face,
+    "lora": adapted,
 }
 
 

@@ -139,6 +139,7 @@ class Distillation(Technique):
                 is_of_float_run = self._restored is None and trainer.ckpt_path is not None
                 saved = (self._restored or {}).get("weights")
                 settle_copy(self._teacher.module, weights_of(unwrap(student)) if is_of_float_run else saved)
+                self._teacher.settle()
             if self._teacher is None:
                 self._teacher = OwnWeights(student)
             self._distiller = Distiller(student, self._teacher, self.objective, self.hidden, name)

@@ -131,7 +131,7 @@ class Initialization(Technique):
                 raise QATConfigurationError(f"init: {self.method} scales the inputs of {name}, which training cannot.")
             quantizer.adopt(quantized.params)
             if self.weights:
-                layer.weight.copy_(layer.from_matrix(quantized.dequantize(), layer.weight))
+                layer.set_matrix(quantized.dequantize())
         if rounded := [report for report in results.fallbacks() if report.layer in names]:
             reasons = "; ".join(f"{report.layer}: {report.fallback}" for report in rounded)
             rank_zero_warn(f"init: {len(rounded)} of {len(names)} layers begin as rounded to nearest: {reasons}.")

@@ -208,7 +208,7 @@ class Oscillation(Technique):
             layer = layers[name]
             state.update(current_codes(layer), self.momentum)
             if self.freeze_threshold is not None and self._is_freezing(step) and self._is_narrow(layer):
-                quantizer, matrix = layer.weight_fake_quant, layer.to_matrix(layer.weight)
+                quantizer, matrix = layer.weight_fake_quant, layer.matrix()
                 params = quantizer.qparams(matrix) if holds_values(layer) else None
                 state.freeze(self._value(self.freeze_threshold, step), params, quantizer.rung_scheme)
                 hold_frozen(layer, state)
@@ -280,7 +280,7 @@ def _is_observed_now_and_then(layer: QATLayer) -> bool:
 
 
 def _dampen(layer: QATLayer, weight: float) -> None:
-    matrix, quantizer = layer.to_matrix(layer.weight), layer.weight_fake_quant
+    matrix, quantizer = layer.matrix(), layer.weight_fake_quant
     gradient = dampening_gradient(matrix, quantizer.qparams(matrix), quantizer.rung_scheme)
     assert layer.weight.grad is not None
     layer.weight.grad.add_(layer.from_matrix(gradient, layer.weight), alpha=weight)
