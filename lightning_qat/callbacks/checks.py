@@ -14,10 +14,12 @@ from torch import nn
 from lightning_qat.callbacks.averaging import WEIGHT_AVERAGING
 from lightning_qat.callbacks.errors import QATConfigurationError
 from lightning_qat.callbacks.ptq_report import has_one_width
+from lightning_qat.callbacks.twins import either
 from lightning_qat.nn import weight_fake_quants
 from lightning_qat.nn.sharded import is_sharded
 
-_AVERAGING = (*WEIGHT_AVERAGING, pl_callbacks.StochasticWeightAveraging)
+_FREEZING: tuple[type[pl.Callback], ...] = (pl_callbacks.BaseFinetuning,)
+_AVERAGING: tuple[type[pl.Callback], ...] = (*WEIGHT_AVERAGING, pl_callbacks.StochasticWeightAveraging)
 
 
 def check_callbacks(callbacks: Sequence[pl.Callback], qat: pl.Callback) -> None:
@@ -33,11 +35,14 @@ def check_callbacks(callbacks: Sequence[pl.Callback], qat: pl.Callback) -> None:
         )
     for callback in callbacks[: callbacks.index(qat)]:
         name = type(callback).__name__
-        for kind, harm in (
+        for kinds, harm in (
             (_AVERAGING, "copy the model before the quantizers are in"),
-            (pl_callbacks.BaseFinetuning, "freeze layers before the quantizers are in, and these would stay in float"),
+            (
+                (pl_callbacks.BaseFinetuning,),
+                "freeze layers before the quantizers are in, and these would stay in float",
+            ),
         ):
-            if isinstance(callback, kind):
+            if isinstance(callback, either(*kinds)):
                 raise QATConfigurationError(
                     f"{name} is listed before QATCallback, so it would {harm}. List QATCallback first: "
                     f"callbacks=[QATCallback(...), {name}(...)]."
@@ -81,7 +86,7 @@ def check_pruning(callbacks: Sequence[pl.Callback], writers: Sequence[str]) -> N
     Raises:
         QATConfigurationError: If one does.
     """
-    if writers and any(isinstance(callback, pl_callbacks.ModelPruning) for callback in callbacks):
+    if writers and any(isinstance(callback, either(pl_callbacks.ModelPruning)) for callback in callbacks):
         raise QATConfigurationError(
             f"ModelPruning computes weights from masks before every forward pass, so that what {writers[0]} does to "
             "them would be lost. Prune in a run before this one, or let "
@@ -131,14 +136,15 @@ def warn_of_monitors(callbacks: Sequence[pl.Callback], num_rungs: int) -> None:
     if num_rungs < 2:
         return
     for callback in callbacks:
-        if isinstance(callback, pl_callbacks.ModelCheckpoint):
+        if isinstance(callback, either(pl_callbacks.ModelCheckpoint)):
             monitor = callback.monitor or ""
             keeps_best = (
                 monitor != "" and not has_one_width(monitor) and callback.save_top_k != 0 and not callback.save_last
             )
             remedy = "Add save_last=True and use ckpt_path='last', or monitor a run on the last rung alone."
         else:
-            keeps_best = isinstance(callback, pl_callbacks.EarlyStopping) and not has_one_width(callback.monitor)
+            is_stopping = isinstance(callback, either(pl_callbacks.EarlyStopping))
+            keeps_best = is_stopping and not has_one_width(callback.monitor)  # type: ignore[attr-defined]
             remedy = "It may stop the run as a rung begins; give it patience for a rung, or leave it out."
         if keeps_best:
             rank_zero_warn(

@@ -8,6 +8,7 @@ test compares the metrics of an unchanged copy with those of the live module for
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,9 +16,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers.logger import DummyLogger, Logger
-from lightning.pytorch.loops.evaluation_loop import _EvaluationLoop
-from lightning.pytorch.trainer import call
-from lightning.pytorch.trainer.connectors.logger_connector.logger_connector import _LoggerConnector
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torch.nn.utils import prune
@@ -145,7 +143,8 @@ def validate_copy(
         memory: Where the batches are kept for other copies, or are taken from if they are there.
     """
     live = trainer._evaluation_loop
-    loop = _CopyLoop(trainer, live._trainer_fn, live._stage, verbose=False, inference_mode=live.inference_mode)
+    loop = type(live)(trainer, live._trainer_fn, live._stage, verbose=False, inference_mode=live.inference_mode)
+    loop.setup_data = _do_nothing  # type: ignore[method-assign]  # the loaders are given
     twins = _twin_loader(live._combined_loader)
     loop._combined_loader = twins if memory is None else RememberingLoader(twins, memory)
     loop._max_batches = [most if limit_batches is None else min(most, limit_batches) for most in live._max_batches]
@@ -178,9 +177,8 @@ def is_last_validation(trainer: Any) -> bool:
     return is_last_epoch and bool(trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
 
 
-class _CopyLoop(_EvaluationLoop):
-    def setup_data(self) -> None:
-        """The loaders are given."""
+def _do_nothing(*_: Any, **__: Any) -> None:
+    """Take the place of a method."""
 
 
 def _twin_loader(combined: Any) -> Any:
@@ -200,15 +198,15 @@ def _without_iterator(loader: Any) -> Any:
 
 
 @contextmanager
-def _in_place_of_the_live_module(trainer: Any, twin: pl.LightningModule, loop: _EvaluationLoop) -> Iterator[None]:
+def _in_place_of_the_live_module(trainer: Any, twin: pl.LightningModule, loop: Any) -> Iterator[None]:
     is_fit = trainer.state.fn == TrainerFn.FITTING
     holder, name = (trainer.fit_loop.epoch_loop, "val_loop") if is_fit else (trainer, "validate_loop")
     replacements: list[tuple[Any, str, Any]] = [
         (holder, name, loop),
         (trainer.strategy, "_lightning_module", twin),
         (trainer.strategy, "model", twin),
-        (trainer, "_logger_connector", _LoggerConnector(trainer)),
-        (call, "_call_callback_hooks", lambda *_, **__: None),
+        (trainer, "_logger_connector", type(trainer._logger_connector)(trainer)),
+        (sys.modules[type(loop).__module__].call, "_call_callback_hooks", _do_nothing),
         (trainer, "_loggers", [_SilentLogger(logger) for logger in trainer.loggers]),
         (trainer, "should_stop", trainer.should_stop),
         (trainer, "_last_val_time", getattr(trainer, "_last_val_time", None)),

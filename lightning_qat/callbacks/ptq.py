@@ -50,6 +50,7 @@ from lightning_qat.callbacks.ptq_report import (
 )
 from lightning_qat.callbacks.ptq_scoring import VariantScorer
 from lightning_qat.callbacks.publish import publish
+from lightning_qat.callbacks.twins import overrides
 from lightning_qat.core import PASS_THROUGH_BITS, ActivationObserver, Observer, PTQMethod
 from lightning_qat.core.checks import check_choice, check_positive
 from lightning_qat.core.registry import build
@@ -253,7 +254,7 @@ class PTQCallback(pl.Callback):
             )
 
     def _check_forward(self, pl_module: pl.LightningModule) -> None:
-        has_forward = type(pl_module).forward not in (pl.LightningModule.forward, nn.Module.forward)
+        has_forward = overrides(pl_module, "forward")
         if self._needs_calibration and not has_forward and not hasattr(pl_module, "calibration_step"):
             raise QATConfigurationError(
                 f"{type(pl_module).__name__} has no forward to calibrate with. Give it a method "

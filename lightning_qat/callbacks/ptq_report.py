@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lightning_qat.callbacks.errors import QATConfigurationError
+from lightning_qat.callbacks.twins import either
 from lightning_qat.core import WIDTHS
 from lightning_qat.nn.bits import BitReport
 from lightning_qat.nn.sweep import PTQResults
@@ -144,7 +145,7 @@ def check_pace(trainer: Any, every_n_validations: int, max_seconds: float | None
         name, monitor = type(callback).__name__, getattr(callback, "monitor", None)
         if monitor not in our_monitors(trainer):
             continue
-        if isinstance(callback, EarlyStopping) and callback.patience < every_n_validations:
+        if isinstance(callback, either(EarlyStopping)) and callback.patience < every_n_validations:
             raise QATConfigurationError(
                 f"EarlyStopping counts validations, and {monitor!r} is measured at every {every_n_validations}th: give "
                 f"it a patience of at least {every_n_validations}, or measure at every validation."

@@ -47,6 +47,7 @@ from lightning_qat.callbacks.techniques import (
     read_techniques,
 )
 from lightning_qat.callbacks.timeline import Timeline, check_position
+from lightning_qat.callbacks.twins import overrides
 from lightning_qat.core import ActivationObserver, GradientEstimator, Observer, PTQMethod
 from lightning_qat.core.checks import check_positive
 from lightning_qat.core.registry import build
@@ -523,4 +524,4 @@ class QATCallback(TechniqueHost):
 
 
 def _is_overridden(pl_module: pl.LightningModule, hook: str) -> bool:
-    return hook in vars(pl_module) or getattr(type(pl_module), hook) is not getattr(pl.LightningModule, hook)
+    return hook in vars(pl_module) or overrides(pl_module, hook)

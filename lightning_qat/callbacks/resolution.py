@@ -13,6 +13,7 @@ from lightning_qat.callbacks.errors import QATConfigurationError, as_configurati
 from lightning_qat.callbacks.isolation import isolate_randomness
 from lightning_qat.callbacks.scale_drift import DriftBound
 from lightning_qat.callbacks.timeline import Timeline, check_position, first_quantized
+from lightning_qat.callbacks.twins import either
 from lightning_qat.core import Schedule
 from lightning_qat.schedules.open_loop import is_fraction, position_to_step
 
@@ -182,7 +183,8 @@ def _total_steps(trainer: pl.Trainer, is_required: bool) -> int | None:
                 f"manual optimization. {_IN_STEPS}; Trainer.global_step counts those of every optimizer."
             )
         return trainer.max_steps if trainer.max_steps > 0 else None
-    if trainer.max_epochs != -1 and any(isinstance(c, GradientAccumulationScheduler) for c in trainer.callbacks):  # type: ignore[attr-defined]
+    accumulates = either(GradientAccumulationScheduler)
+    if trainer.max_epochs != -1 and any(isinstance(each, accumulates) for each in trainer.callbacks):  # type: ignore[attr-defined]
         if is_required:
             raise QATConfigurationError(
                 "Fractions of the run, and rungs that share it equally, cannot be turned into optimizer steps beside "

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_qat.callbacks.errors import QATConfigurationError, as_configuration_error
 from lightning_qat.callbacks.hooks import remove_patch
+from lightning_qat.callbacks.twins import overrides
 from lightning_qat.nn import QATLayer, quantized_layers
 from lightning_qat.nn.accumulator import is_distributed
 from lightning_qat.nn.calls import is_compiled
@@ -37,7 +38,7 @@ def find_student(pl_module: pl.LightningModule, name: str | None) -> tuple[str, 
         close = sorted(child for child, _ in pl_module.named_children())
         raise QATConfigurationError(f"distillation: module={name!r} does not exist; the children are {close}.")
     name, student = default_student(pl_module) if name is None else (name, modules[name])
-    if student is pl_module and type(pl_module).forward is pl.LightningModule.forward:
+    if student is pl_module and not overrides(pl_module, "forward"):
         raise QATConfigurationError(
             f"distillation: several children of {type(pl_module).__name__} are trained or quantized, and it has no "
             "forward. Name the one that gives the outputs, module='...', or write a forward and call self(...)."

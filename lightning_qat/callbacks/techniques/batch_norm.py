@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
@@ -27,6 +27,7 @@ from lightning_qat.callbacks.ptq_arguments import check_calibration_data
 from lightning_qat.callbacks.techniques.positions import find_step
 from lightning_qat.callbacks.techniques.technique import Technique
 from lightning_qat.callbacks.timeline import Timeline, check_position
+from lightning_qat.callbacks.twins import overrides
 from lightning_qat.core.checks import check_positive
 from lightning_qat.nn.batch_norm import batch_norms, reestimate
 from lightning_qat.nn.calibrate import GIB, make_runner
@@ -110,7 +111,7 @@ class BatchNorm(Technique):
                 f"batch_norm: {type(pl_module).__name__} has no batch normalization with running statistics. Leave "
                 "batch_norm out."
             )
-        has_forward = type(pl_module).forward not in (pl.LightningModule.forward, nn.Module.forward)
+        has_forward = overrides(pl_module, "forward")
         if self.reestimate is not None and not has_forward and not hasattr(pl_module, "calibration_step"):
             raise QATConfigurationError(
                 f"batch_norm: {type(pl_module).__name__} has no forward to compute statistics with. Give it a method "

@@ -143,13 +143,12 @@ class Distillation(Technique):
             if self._teacher is None:
                 self._teacher = OwnWeights(student)
             self._distiller = Distiller(student, self._teacher, self.objective, self.hidden, name)
+        self._digest = self._teacher.digest()
         self._totals = self._totals.to(pl_module.device)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check that a resumed run has the teacher that it had."""
-        assert self._teacher is not None
-        self._digest = self._teacher.digest()
         is_new = self._restored is not None and not self._restored  # a run without distillation is resumed with it
         if self._restored is None or self._digest is None or (is_new and isinstance(self.teacher, nn.Module)):
             return
@@ -253,11 +252,15 @@ class Distillation(Technique):
         weights = None
         if self.save_teacher and isinstance(self._teacher, CopyTeacher):
             weights = {name: weight.detach().cpu() for name, weight in weights_of(self._teacher.module).items()}
-        return {"digest": self._digest, "weights": weights, "totals": self._totals.cpu(), "count": self._count}
+        has_begun = self._distiller is not None  # a search for a learning rate saves and restores before that
+        totals = {"totals": self._totals.cpu(), "count": self._count}
+        return {"has_begun": has_begun, "digest": self._digest, "weights": weights, **totals}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Remember what :meth:`state_dict` returned, to be checked when the fit starts."""
+        if not state_dict.get("has_begun", True):
+            return
         self._restored = state_dict
         if state_dict:
             self._totals, self._count = state_dict["totals"], state_dict["count"]
