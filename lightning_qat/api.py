@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -13,6 +14,7 @@ from torch import nn
 from lightning_qat.core import ActivationObserver, GradientEstimator, Observer, PTQMethod
 from lightning_qat.core.checks import check_choice, check_positive
 from lightning_qat.core.registry import build
+from lightning_qat.files import read_checkpoint
 from lightning_qat.nn import (
     PatternsLike,
     QATLayer,
@@ -27,7 +29,8 @@ from lightning_qat.nn import (
 )
 from lightning_qat.nn.calibrate import GIB
 from lightning_qat.nn.forward import evaluation_mode
-from lightning_qat.nn.state import STATE_KEY, rebuild
+from lightning_qat.nn.meta_copy import meta_copy
+from lightning_qat.nn.state import STATE_KEY, check_state, rebuild
 from lightning_qat.nn.sweep import PTQResults, sweep
 from lightning_qat.nn.sweep_plan import plan_sweep, progress_bar, read_bits
 from lightning_qat.observers import ACTIVATION_OBSERVERS, OBSERVERS
@@ -66,21 +69,36 @@ def load_qat(
         ``module``.
 
     Raises:
-        ValueError: If the checkpoint is not of such a run or does not fit the module.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the checkpoint is damaged, is not of such a run, does not fit the module, or holds objects other
+            than plain data. The module is as it was then, unless it cannot be copied.
     """
-    content: Mapping[str, Any]
-    if isinstance(checkpoint, Mapping):
-        content = checkpoint
-    else:
-        content = torch.load(checkpoint, map_location="cpu", weights_only=weights_only)
+    content = checkpoint if isinstance(checkpoint, Mapping) else read_checkpoint(checkpoint, weights_only)
     if STATE_KEY not in content:
         raise ValueError(_explain_missing_state(content.get("state_dict", content)))
     if callable(configure_model := getattr(module, "configure_model", None)):
         configure_model()
-    quantizers = content[STATE_KEY]["quantizers"]  # sharded strategies keep them in the state dict, too
-    _load_floats(module, {key: value for key, value in content["state_dict"].items() if key not in quantizers})
-    rebuild(module, content[STATE_KEY], observer, estimator, mapping, activation_observer)
+    check_state(content[STATE_KEY])
+    floats = _without_quantizers(content)
+
+    def load(target: nn.Module) -> None:
+        _load_floats(target, floats)
+        rebuild(target, content[STATE_KEY], observer, estimator, mapping, activation_observer)
+
+    if (trial := meta_copy(module)) is not None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*copying from a non-meta parameter")
+            load(trial)
+    load(module)
     return module
+
+
+def _without_quantizers(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the state dict of a checkpoint but for the quantizers, which sharded strategies keep in there, too."""
+    floats = content.get("state_dict")
+    if not isinstance(floats, Mapping):
+        raise ValueError("The checkpoint has no 'state_dict'; it is damaged or incomplete.")
+    return {key: value for key, value in floats.items() if key not in content[STATE_KEY]["quantizers"]}
 
 
 def _explain_missing_state(state_dict: Mapping[str, Any]) -> str:

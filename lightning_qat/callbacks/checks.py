@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,9 +13,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_qat.callbacks.averaging import WEIGHT_AVERAGING
-from lightning_qat.callbacks.errors import QATConfigurationError
+from lightning_qat.callbacks.errors import QATConfigurationError, as_configuration_error
 from lightning_qat.callbacks.ptq_report import has_one_width
 from lightning_qat.callbacks.twins import either
+from lightning_qat.files import check_file
 from lightning_qat.nn import weight_fake_quants
 from lightning_qat.nn.sharded import is_sharded
 
@@ -47,6 +49,17 @@ def check_callbacks(callbacks: Sequence[pl.Callback], qat: pl.Callback) -> None:
                     f"{name} is listed before QATCallback, so it would {harm}. List QATCallback first: "
                     f"callbacks=[QATCallback(...), {name}(...)]."
                 )
+
+
+def check_checkpoint_file(path: Any) -> None:
+    """Check that the file that is being loaded is whole, if it is one on this machine.
+
+    Raises:
+        QATConfigurationError: If it is not.
+    """
+    if isinstance(path, (str, Path)) and Path(path).is_file():
+        with as_configuration_error():
+            check_file(path)
 
 
 def check_rates_of_scales(root: nn.Module, optimizers: Sequence[Any]) -> None:

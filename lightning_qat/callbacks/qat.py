@@ -20,6 +20,7 @@ from lightning_qat.callbacks.bypass import BypassCheck
 from lightning_qat.callbacks.checks import (
     check_adapters,
     check_callbacks,
+    check_checkpoint_file,
     check_pruning,
     check_rates_of_scales,
     check_scales_are_optimized,
@@ -507,7 +508,8 @@ class QATCallback(TechniqueHost):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Restore the quantizers' state."""
+        """Restore the quantizers' state, from a file that is whole."""
+        check_checkpoint_file(trainer.ckpt_path)
         if (state := checkpoint.get(STATE_KEY)) is not None:
             with as_configuration_error():
                 restore_quantizers(checkpoint, pl_module)

@@ -112,8 +112,11 @@ class AnnealedGrid(nn.Module):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """Restore what :meth:`get_extra_state` returned."""
-        self.set_num_bits(state["num_bits"])
-        self.set_blend(state.get("blend", 1.0))
+        num_bits, blend = state["num_bits"], state.get("blend", 1.0)
+        if not (isinstance(num_bits, (int, float)) and isinstance(blend, (int, float))):
+            raise TypeError(f"num_bits={num_bits!r} and blend={blend!r} must be numbers")
+        self.set_num_bits(num_bits)
+        self.set_blend(blend)
         self.has_new_grid = False
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:

@@ -208,10 +208,12 @@ class WeightFakeQuantize(AnnealedGrid):
             saved = state[name]
             if (saved is None) != (present is None) or (saved is not None and saved.shape != self.scale.shape):
                 raise ValueError(f"The saved {name} does not fit: the weight had another shape or scheme.")
+            if saved is not None and not saved.isfinite().all():
+                raise ValueError(f"The saved {name} holds NaN or infinity.")
             if present is not None:
                 setattr(self, name, saved.clone() if present.is_meta else present.copy_(saved))
         super().set_extra_state(state)
-        self.frozen, self.is_stale = state["frozen"], state["is_stale"]
+        self.frozen, self.is_stale = bool(state["frozen"]), bool(state["is_stale"])
 
     def _on_missing_state(self) -> None:
         """Let the new weights get a grid of their own."""

@@ -5,12 +5,13 @@ A file that keeps this state under a key of its own loads strictly into the plai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_qat.core import ActivationObserver, GradientEstimator, Observer
+from lightning_qat.core import ActivationObserver, GradientEstimator, Observer, QuantScheme
 from lightning_qat.core.registry import build, describe
 from lightning_qat.estimators import ESTIMATORS
 from lightning_qat.nn.annealed_grid import AnnealedGrid
@@ -83,7 +84,7 @@ def load_quantizer_state(root: nn.Module, state: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If the layers, their schemes or their shapes differ, or a newer version wrote it.
     """
-    _check_version(state)
+    check_state(state)
     present, state = quantizer_state(root), {**_BEFORE_STATIC_INPUTS, **state}
     for part in ("layers", "activations", "learn_scales", "learn_activations"):
         if present[part] != state[part]:
@@ -100,12 +101,48 @@ def load_quantizer_state(root: nn.Module, state: Mapping[str, Any]) -> None:
         own = {k.removeprefix(prefix): v for k, v in quantizers.items() if k.startswith(prefix)}
         # Parameters that are spread over processes come with the model's own state dict, in which they stay.
         own.update({key: each for key, each in quantizer.named_parameters() if is_sharded(each)})
-        quantizer.load_state_dict(own)
+        if bad := [key for key, each in own.items() if isinstance(each, Tensor) and not each.isfinite().all()]:
+            raise ValueError(f"The checkpoint is damaged: {prefix}{bad[0]} holds NaN or infinity.")
+        with _explaining_damage(f"the quantizer '{name}'"):
+            quantizer.load_state_dict(own)
 
 
-def _check_version(state: Mapping[str, Any]) -> None:
-    if state["version"] > _VERSION:
-        raise ValueError("The checkpoint was written by a newer lightning_qat. Upgrade the package to load it.")
+def check_state(state: Any) -> None:
+    """Check that ``state`` has the entries that :func:`quantizer_state` returns, and is none of a later version.
+
+    Raises:
+        ValueError: If not.
+    """
+    with _explaining_damage("its structure"):
+        if state["version"] > _VERSION:
+            raise ValueError("The checkpoint was written by a newer lightning_qat. Upgrade the package to load it.")
+        for part in ("layers", "activations", "quantizers"):
+            if not all(isinstance(name, str) for name in {**state[part]}):
+                raise TypeError(f"{part} has a name that is no text")
+        if not {*state["activations"]} <= {*state["layers"]}:
+            raise KeyError("activations of a layer that is not among the layers")
+        for scheme in (*state["layers"].values(), *state["activations"].values()):
+            QuantScheme.parse(scheme)
+            _check_plain(scheme.values())
+        _check_plain([state["learn_scales"], state.get("learn_activations")])
+        for part in ("observer", "estimator"):
+            state[part]
+
+
+def _check_plain(values: Iterable[Any]) -> None:
+    if odd := [each for each in values if not isinstance(each, (bool, int, float, str, type(None), Mapping))]:
+        raise TypeError(f"{odd[0]!r} is no plain value")
+
+
+@contextmanager
+def _explaining_damage(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        raise ValueError(
+            f"The checkpoint is damaged or was altered: {what} cannot be read ({type(error).__name__}: {error}). Take "
+            "another checkpoint of the run."
+        ) from error
 
 
 def _difference(part: str, present: Any, saved: Any) -> str:
@@ -144,17 +181,18 @@ def rebuild(
     Raises:
         ValueError: If a layer is missing, or observers or estimator are unknown and not given.
     """
-    _check_version(state)
+    check_state(state)
     state = {**_BEFORE_STATIC_INPUTS, **state}
     schemes = {name: {**scheme, "activation": None} for name, scheme in state["layers"].items()}
     for name, activation in state["activations"].items():
         schemes[name]["activation"] = activation
     plan = plan_exactly(root, schemes, mapping)
-    observer = observer or build(state["observer"], OBSERVERS, "observer")
-    estimator = estimator or build(state["estimator"], ESTIMATORS, "estimator")
-    activation_observer = activation_observer or build(
-        state["activation_observer"], ACTIVATION_OBSERVERS, "activation observer"
-    )
-    inputs = StaticInputConfig(activation_observer, state["learn_activations"])
+    with _explaining_damage("observers and estimator"):
+        observer = observer or build(state["observer"], OBSERVERS, "observer")
+        estimator = estimator or build(state["estimator"], ESTIMATORS, "estimator")
+        activation_observer = activation_observer or build(
+            state["activation_observer"], ACTIVATION_OBSERVERS, "activation observer"
+        )
+        inputs = StaticInputConfig(activation_observer, state["learn_activations"])
     apply_plan(root, plan, observer, estimator, state["learn_scales"], inputs)
     load_quantizer_state(root, state)

@@ -268,6 +268,9 @@ class StaticInputFakeQuantize(InputFakeQuantize):
         """
         if state["seen"].shape != self.seen.shape or (state["zero_point"] is None) != (self.zero_point is None):
             raise ValueError("The saved range of inputs does not fit: it is of another activation_observer or scheme.")
+        grid = [state["scale"], *([] if self.zero_point is None else [state["zero_point"]])]
+        if not all(each.shape == self.scale.shape and each.isfinite().all() for each in grid):
+            raise ValueError("The saved grid of inputs has another shape, or holds NaN or infinity.")
         device = state["seen"].device if self.seen.is_meta else self.seen.device
         pending = self.config.observer.empty(device) if state["pending"] is None else state["pending"].clone()
         self.seen, self.pending = state["seen"].clone().to(device), pending.to(device)
@@ -276,8 +279,8 @@ class StaticInputFakeQuantize(InputFakeQuantize):
         self._is_ready = torch.zeros(1, device=device)
         self.is_calibrated = False  # so that a change of width finds no other grid
         super().set_extra_state(state)
-        self._mark_calibrated(state["is_calibrated"])
-        self.is_settled, self.num_steps = state["is_settled"], state["num_steps"]
+        self._mark_calibrated(bool(state["is_calibrated"]))
+        self.is_settled, self.num_steps = bool(state["is_settled"]), int(state["num_steps"])
         self.stop_observing()
 
     def _on_missing_state(self) -> None:
