@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP_FLAGS ?= --quiet --disable-pip-version-check
 DEMO_DIR ?= outputs/demo
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-all test-slow lint clean
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,9 @@ demo: $(VENV)/.demo  ## The main job: float base, float control and annealed QAT
 
 test: lint  ## Everything that CI runs
 	$(BIN)/python -m pytest -n 2
+
+test-all: lint  ## The same, and the tests that take minutes
+	$(BIN)/python -m pytest -n 2 -m "slow or not slow"
 
 test-slow: $(VENV)/.dev  ## Tests that take minutes
 	$(BIN)/python -m pytest -m slow

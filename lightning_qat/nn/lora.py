@@ -5,6 +5,7 @@ Imported only where a model holds one, so that peft stays optional.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -55,7 +56,8 @@ class QATLoraLinear(QATLayer, LoraLinear):
     def weight_of(module: Any) -> Tensor:
         """Return the sum, in the dtype of the frozen weight, as PEFT merges it."""
         weight: Tensor = module.base_layer.weight
-        with torch.autocast(weight.device.type, enabled=False):
+        # There is no autocast on the meta device.
+        with contextlib.nullcontext() if weight.is_meta else torch.autocast(weight.device.type, enabled=False):
             for name in _active_adapters(module):
                 weight = (weight + module.get_delta_weight(name)).to(weight.dtype)
         return weight

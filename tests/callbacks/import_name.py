@@ -8,9 +8,10 @@ import sys
 import tempfile
 import warnings
 
-warnings.simplefilter("ignore")
-logging.disable(logging.WARNING)
-pl = importlib.import_module(sys.argv[1])
+if __name__ == "__main__":  # set before Lightning is imported
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+pl = importlib.import_module(sys.argv[1] if __name__ == "__main__" else "lightning.pytorch")
 
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
@@ -72,22 +73,27 @@ def digest(task):
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
 
-data = DataLoader(torch.randn(40, 16, generator=torch.Generator().manual_seed(1)), 8)
-with tempfile.TemporaryDirectory() as folder:
-    task, saver = Task(), pl.callbacks.ModelCheckpoint(folder, monitor="val/loss", save_last=True)
-    trainer = make_trainer(folder, 3, [saver, pl.callbacks.EarlyStopping("val/loss", patience=9)])
-    trainer.fit(task, data, data)
-    metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
-    resumed = Task()
-    make_trainer(folder, 4).fit(resumed, data, data, ckpt_path=f"{folder}/last.ckpt")
-    loaded = load_qat(Task(), f"{folder}/last.ckpt")
-    refusals = []
-    for extra in (
-        pl.callbacks.ModelPruning("l1_unstructured", amount=0.2),
-        pl.callbacks.GradientAccumulationScheduler({1: 2}),
-    ):
-        try:
-            make_trainer(folder, 3, [extra]).fit(Task(), data, data)
-        except ValueError as error:
-            refusals.append(str(error))
-    print(json.dumps([digest(task), digest(resumed), digest(loaded), metrics, refusals]))
+def main():
+    data = DataLoader(torch.randn(40, 16, generator=torch.Generator().manual_seed(1)), 8)
+    with tempfile.TemporaryDirectory() as folder:
+        task, saver = Task(), pl.callbacks.ModelCheckpoint(folder, monitor="val/loss", save_last=True)
+        trainer = make_trainer(folder, 3, [saver, pl.callbacks.EarlyStopping("val/loss", patience=9)])
+        trainer.fit(task, data, data)
+        metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        resumed = Task()
+        make_trainer(folder, 4).fit(resumed, data, data, ckpt_path=f"{folder}/last.ckpt")
+        loaded = load_qat(Task(), f"{folder}/last.ckpt")
+        refusals = []
+        for extra in (
+            pl.callbacks.ModelPruning("l1_unstructured", amount=0.2),
+            pl.callbacks.GradientAccumulationScheduler({1: 2}),
+        ):
+            try:
+                make_trainer(folder, 3, [extra]).fit(Task(), data, data)
+            except ValueError as error:
+                refusals.append(str(error))
+        print(json.dumps([digest(task), digest(resumed), digest(loaded), metrics, refusals]))
+
+
+if __name__ == "__main__":
+    main()
