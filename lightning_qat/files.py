@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def check_file(path: str | Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, RuntimeError, ValueError) as error:
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, RuntimeError, ValueError) as error:
         raise ValueError(f"{path} is cut off or damaged ({error}). {_REMEDY}") from error
     if damaged is not None:
         raise ValueError(f"{path} is damaged: the checksum of '{damaged}' in it is wrong. {_REMEDY}")
@@ -53,7 +54,7 @@ def read_checkpoint(path: str | Path, weights_only: bool = True) -> Mapping[str,
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is no checkpoint, or holds objects that are no plain data, which could run code when they are "
-            f"loaded; nothing was. If you trust who made it, pass weights_only=False. {str(error).splitlines()[-1]}"
+            f"loaded; nothing was. If you trust who made it, pass weights_only=False. {str(error)[-200:]}"
         ) from error
     except (RuntimeError, OSError, EOFError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no checkpoint, or is cut off or damaged ({error}). {_REMEDY}") from error

@@ -122,7 +122,10 @@ def check_state(state: Any) -> None:
         if not {*state["activations"]} <= {*state["layers"]}:
             raise KeyError("activations of a layer that is not among the layers")
         for scheme in (*state["layers"].values(), *state["activations"].values()):
-            QuantScheme.parse(scheme)
+            try:
+                QuantScheme.parse(scheme)
+            except ValueError as error:
+                raise TypeError(f"scheme {scheme!r}: {error}") from error
             _check_plain(scheme.values())
         _check_plain([state["learn_scales"], state.get("learn_activations")])
         for part in ("observer", "estimator"):

@@ -195,6 +195,15 @@ class CopyTeacher(ModuleTeacher):
             cast_like(self.module, student)
         super().suit(student, device)
 
+    def unshare(self, saved: Mapping[str, Tensor]) -> None:
+        """Take weights for its own that it shares with the student, but that were others when ``saved`` was."""
+        for name, weight in dict(self._shared).items():
+            if name in saved and not torch.equal(weight, saved[name].to(weight)):
+                path, _, last = name.rpartition(".")
+                own = nn.Parameter(weight.detach().clone(), requires_grad=False)
+                self.module.get_submodule(path)._parameters[last] = own
+                self._shared = {key: each for key, each in self._shared.items() if key != name}
+
     def settle(self) -> None:
         """Note what the shared weights are, once a checkpoint is restored."""
         self._kept = _Unchanged(self._shared) if self._shared else None

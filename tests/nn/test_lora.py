@@ -17,6 +17,7 @@ from lightning_qat.core import fake_quantize
 from lightning_qat.core.scheme import QuantScheme
 from lightning_qat.nn import prepare, quantized_layers, quantized_weights, set_num_bits
 from lightning_qat.nn.bits import bit_report
+from lightning_qat.nn.float_model import copy_weights, weights_of
 from lightning_qat.nn.teacher import CopyTeacher
 from lightning_qat.observers import MinMaxObserver
 from tests.callbacks.test_checkpoints import assert_same, state_of
@@ -345,3 +346,19 @@ def test_grids_can_be_initialised_and_oscillation_measured():
     trainer = fit(task, callback)
     assert trainer.global_step == 10
     assert task.net.base_model.model.first.weight_fake_quant.log_scale_ratio.abs().max() > 0
+
+
+def test_a_saved_teacher_leaves_the_students_weights_alone():
+    """A layer that trained in the run before, and is frozen now, is not the teacher's any more."""
+    before, after = make(), make()
+    saved = {name: each.clone() for name, each in weights_of(before).items()}
+    plain = after.base_model.model.plain.weight
+    with torch.no_grad():
+        plain.mul_(2)
+    expected = plain.clone()
+    prepare(after, SCHEME)
+    teacher = CopyTeacher(after, share=True)
+    teacher.unshare(saved)
+    copy_weights(saved, teacher.module)
+    assert torch.equal(plain, expected)
+    assert torch.equal(teacher.module.base_model.model.plain.weight, saved["base_model.model.plain.weight"])

@@ -138,6 +138,7 @@ class Distillation(Technique):
             if isinstance(self._teacher, CopyTeacher):
                 is_of_float_run = self._restored is None and trainer.ckpt_path is not None
                 saved = (self._restored or {}).get("weights")
+                self._teacher.unshare(saved or {})
                 settle_copy(self._teacher.module, weights_of(unwrap(student)) if is_of_float_run else saved)
                 self._teacher.settle()
             if self._teacher is None:
