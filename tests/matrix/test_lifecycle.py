@@ -69,6 +69,14 @@ def finish(task, callback=None):
     return state_of(task)
 
 
+@pytest.fixture(autouse=True)
+def _listening_to_interrupts():
+    """A shell lets what it runs in the background ignore Ctrl-C, and so does Lightning once it had one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def expected():
     return finish(TinyTask())
