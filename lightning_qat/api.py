@@ -194,7 +194,7 @@ def quantize_model(
     rules = None if scheme is None else parse_rules(scheme)
     widths = read_bits(bits, "bits") or _widths_of(rules)
     plan = plan_sweep(model, widths, rules, parse_patterns(ignore), target_module, check_mapping(mapping))
-    check_finite({layer.name: layer.matrix() for layer in plan.layers})
+    check_finite(plan.layers)
     with evaluation_mode(model):
         return sweep(
             model,

@@ -39,10 +39,7 @@ def check_callbacks(callbacks: Sequence[pl.Callback], qat: pl.Callback) -> None:
         name = type(callback).__name__
         for kinds, harm in (
             (_AVERAGING, "copy the model before the quantizers are in"),
-            (
-                (pl_callbacks.BaseFinetuning,),
-                "freeze layers before the quantizers are in, and these would stay in float",
-            ),
+            (_FREEZING, "freeze layers before the quantizers are in, and these would stay in float"),
         ):
             if isinstance(callback, either(*kinds)):
                 raise QATConfigurationError(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lightning_qat.callbacks.timeline import Timeline
 from lightning_qat.nn import WeightFakeQuantize, quantized_layers, set_num_bits, static_inputs, weight_fake_quants
-from lightning_qat.nn.annealed_grid import AnnealedGrid
+from lightning_qat.nn.annealed_grid import named_grids
 
 
 def advance(root: nn.Module, timeline: Timeline, step: int) -> None:
@@ -60,7 +60,7 @@ def _is_due(quantizer: WeightFakeQuantize, steps_on_rung: int) -> bool:
 
 def learned_scales(root: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters of all learned grids by name: scales of weights, scales and zero-points of inputs."""
-    grids = ((name, module) for name, module in root.named_modules() if isinstance(module, AnnealedGrid))
+    grids = named_grids(root).items()
     return {f"{name}.{key}": parameter for name, grid in grids for key, parameter in grid.named_parameters()}
 
 

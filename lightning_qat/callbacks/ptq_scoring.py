@@ -72,7 +72,7 @@ class VariantScorer:
         live_inputs = static_inputs(twin).values()
         inputs = next((each.config.observer for each in live_inputs), self.activation_observer)
         restore_float(twin)
-        check_finite({layer.name: layer.matrix() for layer in plan.layers})
+        check_finite(plan.layers)
         results = self._quantize(trainer, twin, plan, bits, batches, inputs)
         memory = BatchMemory(self.validation_cache)
         # First, since the variants take over the parameters of the snapshot.

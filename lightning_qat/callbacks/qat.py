@@ -323,7 +323,7 @@ class QATCallback(TechniqueHost):
         """Check everything that needs model, loaders and optimizers, and print the summary."""
         assert self.plan is not None
         with as_configuration_error():
-            check_finite({layer.name: layer.matrix() for layer in self.plan.layers})
+            check_finite(self.plan.layers)
         self._check_scales(trainer, pl_module)
         check_strategy(trainer, pl_module, [each.name for each in self.techniques if each.needs_whole_model])
         writers = [each.name for each in self.techniques if each.writes_weights]

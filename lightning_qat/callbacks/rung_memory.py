@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from lightning_qat.nn.annealed_grid import AnnealedGrid
+from lightning_qat.nn.annealed_grid import named_grids
 
 
 class RungMemory:
@@ -27,7 +27,7 @@ class RungMemory:
     def keep(self, root: nn.Module, optimizers: Sequence[Optimizer]) -> None:
         """Keep the state as it is now, in place of what was kept before."""
         tensors = {**dict(root.named_parameters()), **dict(root.named_buffers())}
-        grids = {name: quantizer.get_extra_state() for name, quantizer in _quantizers(root).items()}
+        grids = {name: quantizer.get_extra_state() for name, quantizer in named_grids(root).items()}
         self._kept = {
             "tensors": _to_cpu(tensors),
             "grids": _to_cpu(grids),
@@ -42,7 +42,7 @@ class RungMemory:
             return
         for name, tensor in (*root.named_parameters(), *root.named_buffers()):
             tensor.copy_(kept["tensors"][name])
-        for name, quantizer in _quantizers(root).items():
+        for name, quantizer in named_grids(root).items():
             quantizer.set_extra_state(kept["grids"][name])
         for optimizer, state in zip(optimizers, kept["optimizers"], strict=True):
             optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
@@ -60,10 +60,6 @@ class RungMemory:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self._kept = dict(state)
-
-
-def _quantizers(root: nn.Module) -> dict[str, AnnealedGrid]:
-    return {name: module for name, module in root.named_modules() if isinstance(module, AnnealedGrid)}
 
 
 def _to_cpu(value: Any) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_qat.nn.layers import QATLayer, float_type
+from lightning_qat.nn.layers import QATLayer, float_type, is_exactly, is_hf_conv1d
 
 _MERGE = "merge it first (merge_and_unload) to quantize it"
 
@@ -26,11 +26,6 @@ def _is_peft_class(module: nn.Module, name: str) -> bool:
     return any(base.__name__ == name and base.__module__.startswith("peft.") for base in type(module).__mro__)
 
 
-def _is_lora_linear(module: nn.Module) -> bool:
-    lora = ("peft.tuners.lora.layer", "Linear")
-    return (float_type(module).__module__, float_type(module).__name__) == lora
-
-
 def find_adapter_class(module: Any) -> type[QATLayer] | None:
     """Return what a layer of PEFT turns into, or None."""
     if explain_adapter(module) is not None:
@@ -43,18 +38,14 @@ def find_adapter_class(module: Any) -> type[QATLayer] | None:
 def explain_adapter(module: Any) -> str | None:
     """Return why a layer of PEFT has no quantized form, or None if it has one."""
     kind = f"{float_type(module).__module__.split('.')[2]}.{float_type(module).__name__}"
-    if not _is_lora_linear(module):
+    if not is_exactly(module, "peft.tuners.lora.layer", "Linear"):
         return f"no quantized form of {kind}: {_MERGE}"
     base = module.base_layer
-    if type(base) is not nn.Linear and not _is_hf_conv1d(base):
+    if type(base) is not nn.Linear and not is_hf_conv1d(base):
         return f"no quantized form of {kind} around {type(base).__name__}: only around Linear and Conv1D in float"
     if variants := sorted({type(each).__name__ for each in module.lora_variant.values()}):
         return f"no quantized form of LoRA as {', '.join(variants)}: use plain LoRA (use_dora=False), or {_MERGE}"
     return None
-
-
-def _is_hf_conv1d(module: nn.Module) -> bool:
-    return (type(module).__module__, type(module).__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
 def parts_of_adapters(modules: Iterable[nn.Module]) -> dict[nn.Module, nn.Module]:

@@ -132,3 +132,8 @@ class AnnealedGrid(nn.Module):
     def extra_repr(self) -> str:
         """Describe the grid."""
         return f"{self.rung_scheme}"
+
+
+def named_grids(root: nn.Module) -> dict[str, AnnealedGrid]:
+    """Return the distinct grids of ``root`` by name."""
+    return {name: module for name, module in root.named_modules() if isinstance(module, AnnealedGrid)}

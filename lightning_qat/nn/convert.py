@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -83,7 +83,7 @@ def apply_plan(
     inputs: StaticInputConfig | None = None,
 ) -> None:
     """Carry out ``plan`` on ``root``, whose modules it refers to."""
-    check_finite({layer.name: layer.matrix() for layer in plan.layers})
+    check_finite(plan.layers)
     planned = {layer.module for layer in plan.layers}
     for module in quantized_layers(root).values():
         if module not in planned:
@@ -97,13 +97,13 @@ def apply_plan(
     _set_fast_paths(root)
 
 
-def check_finite(weights: Mapping[str, torch.Tensor]) -> None:
-    """Check that no weight is NaN or infinite.
+def check_finite(layers: Iterable[PlannedLayer]) -> None:
+    """Check that no weight is NaN or infinite, one at a time: with adapters, each is a sum that takes memory.
 
     Raises:
         ValueError: If one is; the message names all such layers.
     """
-    bad = [name for name, weight in weights.items() if not (weight.is_meta or torch.isfinite(weight).all())]
+    bad = [layer.name for layer in layers if not (layer.weight.is_meta or torch.isfinite(layer.matrix()).all())]
     if bad:
         raise ValueError(
             f"NaN or infinite weights in {', '.join(bad)}. Load a sound checkpoint, or lower the learning rate of "

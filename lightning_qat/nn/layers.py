@@ -39,16 +39,11 @@ class QATLayer(nn.Module):
     weight_fake_quant: WeightFakeQuantize
     input_fake_quant: InputFakeQuantize | None
 
-    @classmethod
-    def name_inside(cls, name: str) -> str:
-        """Return the name that something of the child that stores the weight has in the layer."""
-        return f"{cls.inner}.{name}" if cls.inner else name
-
     @staticmethod
     def parameters_of(module: nn.Module) -> tuple[nn.Parameter, ...]:
         """Return the parameters that make up the weight of ``module``, which may be in float, the stored one first.
 
-        None if its weight is computed by other means.
+        Empty if its weight is computed by other means.
         """
         weight = module._parameters.get("weight")
         return () if weight is None else (weight,)
@@ -96,9 +91,10 @@ class QATLayer(nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Let the quantizers, which see only their own entries, know whether the weight is loaded."""
+        name = f"{self.inner}.weight".removeprefix(".")
         for quantizer in (self.weight_fake_quant, self.input_fake_quant):
             if quantizer is not None:
-                quantizer.loads_weight = f"{prefix}{self.name_inside('weight')}" in state_dict
+                quantizer.loads_weight = f"{prefix}{name}" in state_dict
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _input(self, x: Tensor) -> Tensor:
@@ -158,3 +154,13 @@ class QATConv3d(_QATConv, nn.Conv3d):
 def float_type(module: nn.Module) -> type[nn.Module]:
     """Return the class of a module as it is or was in float."""
     return module.float_class if isinstance(module, QATLayer) else type(module)
+
+
+def is_exactly(module: nn.Module, where: str, name: str) -> bool:
+    """Return whether the class of a module in float is ``name`` of the module ``where``, which is not imported."""
+    return (float_type(module).__module__, float_type(module).__name__) == (where, name)
+
+
+def is_hf_conv1d(module: nn.Module) -> bool:
+    """Return whether a module is, or was in float, Hugging Face's ``Conv1D``."""
+    return is_exactly(module, "transformers.pytorch_utils", "Conv1D")

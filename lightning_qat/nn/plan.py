@@ -11,7 +11,16 @@ from torch import Tensor, nn
 
 from lightning_qat.core import QuantScheme
 from lightning_qat.nn.adapters import find_adapter_class, is_adapter_layer
-from lightning_qat.nn.layers import QATConv1d, QATConv2d, QATConv3d, QATEmbedding, QATLayer, QATLinear, float_type
+from lightning_qat.nn.layers import (
+    QATConv1d,
+    QATConv2d,
+    QATConv3d,
+    QATEmbedding,
+    QATLayer,
+    QATLinear,
+    float_type,
+    is_hf_conv1d,
+)
 from lightning_qat.nn.static_input import InputStatistics
 
 QAT_CLASSES: dict[type[nn.Module], type[QATLayer]] = {
@@ -144,7 +153,7 @@ def find_qat_class(
     layer_type = float_type(module)
     if is_adapter_layer(module):
         return (mapping or {}).get(layer_type) or find_adapter_class(module)
-    if (layer_type.__module__, layer_type.__name__) == ("transformers.pytorch_utils", "Conv1D"):
+    if is_hf_conv1d(module):
         from lightning_qat.nn.hf_conv1d import QATConv1D
 
         return QATConv1D

@@ -129,7 +129,7 @@ class ModuleTeacher:
 
     def __init__(self, module: nn.Module, dtype: torch.dtype | None = None) -> None:
         self.module = module if dtype is None else module.to(dtype)
-        self._shared: Mapping[str, Tensor] = {}
+        self._shared: dict[str, Tensor] = {}
         self._input_dtype: torch.dtype | None = None
 
     def teach(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any], batch: Any, hidden: list[str]) -> Taught:
@@ -197,12 +197,11 @@ class CopyTeacher(ModuleTeacher):
 
     def unshare(self, saved: Mapping[str, Tensor]) -> None:
         """Take weights for its own that it shares with the student, but that were others when ``saved`` was."""
-        for name, weight in dict(self._shared).items():
-            if name in saved and not torch.equal(weight, saved[name].to(weight)):
-                path, _, last = name.rpartition(".")
-                own = nn.Parameter(weight.detach().clone(), requires_grad=False)
-                self.module.get_submodule(path)._parameters[last] = own
-                self._shared = {key: each for key, each in self._shared.items() if key != name}
+        changed = [n for n, each in self._shared.items() if n in saved and not torch.equal(each, saved[n].to(each))]
+        for name in changed:
+            path, _, last = name.rpartition(".")
+            own = nn.Parameter(self._shared.pop(name).detach().clone(), requires_grad=False)
+            self.module.get_submodule(path)._parameters[last] = own
 
     def settle(self) -> None:
         """Note what the shared weights are, once a checkpoint is restored."""
