@@ -93,16 +93,23 @@ def append_records(path: str | Path, *records: EvalRecord) -> None:
         os.close(descriptor)
 
 
-def replace_records(path: str | Path, *records: EvalRecord) -> None:
+def replace_records(path: str | Path, *records: EvalRecord, if_equal: bool = False) -> None:
     """Add ``records`` in place of those of the same models and steps: of a run that went back to a checkpoint.
 
     The file is written anew and put in place at once, so that a crash leaves the old one or the new one.
+
+    Args:
+        path: The JSON Lines file.
+        records: What is added.
+        if_equal: Replace only records of equal value: those of a run that died before its first checkpoint and was
+            started again. Others of the same models and steps are of another run, and stay.
     """
     path = Path(path)
     content = path.read_bytes() if path.is_file() else b""
-    new = {_identity(asdict(record)) for record in records}
+    outcome = ("cost_seconds", "versions") if if_equal else ("value", "cost_seconds", "versions")
+    new = {_identity(asdict(record), outcome) for record in records}
     whole_lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
-    kept = [line for line in whole_lines if _identity(json.loads(line)) not in new]
+    kept = [line for line in whole_lines if _identity(json.loads(line), outcome) not in new]
     if len(kept) < len(whole_lines):
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
         with temporary.open("wb") as file:
@@ -113,9 +120,8 @@ def replace_records(path: str | Path, *records: EvalRecord) -> None:
     append_records(path, *records)
 
 
-def _identity(record: Mapping[str, Any]) -> str:
+def _identity(record: Mapping[str, Any], outcome: tuple[str, ...]) -> str:
     """Return what says which model was scored on what, and not how well or at which cost."""
-    outcome = ("value", "cost_seconds", "versions")
     return json.dumps({key: value for key, value in record.items() if key not in outcome}, sort_keys=True)
 
 

@@ -105,3 +105,12 @@ def test_records_of_a_run_that_went_back_take_the_place_of_the_old_ones(tmp_path
     replace_records(path, again)
     assert read_records(path) == [first, make_record(step=20, value=2.0, seed=1), again]
     assert [each.name for each in tmp_path.iterdir()] == ["results.jsonl"]
+
+
+def test_records_of_a_run_that_was_started_again_are_there_once_and_those_of_another_run_stay(tmp_path):
+    path = tmp_path / "results.jsonl"
+    other = make_record(step=10, value=2.0)
+    append_records(path, make_record(step=10, value=1.0), other, make_record(step=10, value=math.nan, seed=1))
+    again = make_record(step=10, value=1.0, cost_seconds=3.0), make_record(step=10, value=math.nan, seed=1)
+    replace_records(path, *again, if_equal=True)
+    assert [str(each) for each in read_records(path)] == [str(each) for each in (other, *again)]

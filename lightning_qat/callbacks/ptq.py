@@ -72,7 +72,7 @@ from lightning_qat.nn.sweep import PTQResults
 from lightning_qat.nn.sweep_plan import plan_sweep, read_bits
 from lightning_qat.observers import ACTIVATION_OBSERVERS, OBSERVERS
 from lightning_qat.ptq import build_methods
-from lightning_qat.records import append_records, replace_records
+from lightning_qat.records import replace_records
 
 
 class PTQCallback(pl.Callback):
@@ -432,5 +432,5 @@ class PTQCallback(pl.Callback):
             for score in (live, *scores)
             for metric in score.metrics
         ]
-        (replace_records if self._went_on else append_records)(path, *records)
+        replace_records(path, *records, if_equal=not self._went_on)
         print_scores(Console(), [live, *scores], results, trainer.global_step)

@@ -6,7 +6,7 @@ Imported only where a model holds one, so that peft stays optional.
 from __future__ import annotations
 
 import contextlib
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_qat.nn.fake_quantize import WeightFakeQuantize
 from lightning_qat.nn.hf_conv1d import QATConv1D
 from lightning_qat.nn.input_fake_quantize import InputFakeQuantize
-from lightning_qat.nn.layers import QATLayer
+from lightning_qat.nn.layers import QATLayer, QATLinear
 
 
 class QATLoraLinear(QATLayer, LoraLinear):
@@ -28,6 +28,7 @@ class QATLoraLinear(QATLayer, LoraLinear):
     """
 
     float_class = LoraLinear
+    merged_class: ClassVar[type[QATLayer]] = QATLinear
     inner = "base_layer"  # where PEFT, when it saves adapters, does not take the quantizers for parts of them
     base_layer: Any
     lora_A: Any
@@ -69,6 +70,26 @@ class QATLoraLinear(QATLayer, LoraLinear):
         for name in _active_adapters(self):
             self.lora_B[name].weight.zero_()
 
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """Return the layer under the adapters, with their sum as its weight, still fake-quantized to the same codes.
+
+        PEFT's ``merge_and_unload`` and ``unload`` call this.
+
+        Raises:
+            ValueError: If the adapters are to be dropped: the grid is that of the sum.
+        """
+        if not merge:
+            raise ValueError(
+                "A quantized LoRA layer cannot drop its adapters, since its grid is that of the sum. Call "
+                "restore_float(model) before unload(), or keep the adapters by merge_and_unload()."
+            )
+        self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        self.base_layer.__class__ = self.merged_class
+        base: nn.Module = self.base_layer
+        return base
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return ``x`` ``[..., I]`` times the fake-quantized sum, plus the biases.
 
@@ -104,6 +125,7 @@ class QATLoraLinear(QATLayer, LoraLinear):
 class QATLoraConv1D(QATLoraLinear):
     """The same around Hugging Face's Conv1D, whose weight is stored ``[I, O]``."""
 
+    merged_class = QATConv1D
     to_matrix = staticmethod(QATConv1D.to_matrix)
     from_matrix = staticmethod(QATConv1D.from_matrix)
 

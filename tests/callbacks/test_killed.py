@@ -45,6 +45,11 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(num_kills, tmp_path):
     finish(start(whole))
     longest = time.monotonic() - began
     source, num_killed = random.Random(num_kills), 0
+    process = start(killed)  # killed after its first results and, most often, before its first checkpoint
+    while not (killed / "results.jsonl").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
     for _ in range(num_kills):
         process = start(killed)
         while not (killed / "started").exists() and process.poll() is None:

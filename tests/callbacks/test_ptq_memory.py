@@ -38,3 +38,15 @@ def test_nothing_grows_over_50_validations(tmp_path):
     before, peaks = measure(tmp_path, num_rows=10_000, num_validations=50)
     assert before[-1] - before[10] < 4 * MIB
     assert peaks[-1] - peaks[10] < 4 * MIB
+
+
+def test_nothing_grows_over_1000_steps_of_training_with_everything(tmp_path):
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", "tests.callbacks.long_run", str(tmp_path / "results.jsonl")]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    sizes = json.loads(done.stdout.strip().splitlines()[-1])
+    print("MiB before each validation:", *(round(size / MIB, 1) for size in sizes))  # shown by pytest -rP
+    assert len(sizes) == 50
+    assert max(sizes[20:]) - sizes[20] < 2 * MIB  # the last rung is reached at the 38th

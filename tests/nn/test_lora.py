@@ -136,6 +136,31 @@ def test_disabled_and_merged_adapters_are_left_out():
     assert torch.equal(model(x), expected)
 
 
+@pytest.mark.parametrize("kind", ["linear", "conv1d"])
+def test_peft_merges_a_quantized_model_into_one_with_the_same_codes(kind):
+    model = make(kind)
+    prepare(model, "w4g8a8")
+    expected, x = quantized_weights(model), batch_at(0)
+    output, names = model.eval()(x), set(merged(make(kind)).state_dict())
+    deployed = model.merge_and_unload()
+    found = quantized_weights(deployed)
+    assert {f"base_model.model.{name}" for name in found} == set(expected)
+    for name, weight in found.items():
+        assert torch.equal(weight.codes, expected[f"base_model.model.{name}"].codes)
+    assert torch.equal(deployed(x), output)
+    restore_float(deployed)
+    assert set(deployed.state_dict()) == names
+
+
+def test_peft_cannot_drop_the_adapters_of_a_quantized_model():
+    model = make()
+    prepare(model, SCHEME)
+    with pytest.raises(ValueError, match="restore_float"):
+        model.unload()
+    restore_float(model)
+    model.unload()
+
+
 def test_rows_with_adapters_of_their_own_are_refused():
     model = make()
     prepare(model, SCHEME)
