@@ -19,7 +19,7 @@ $(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
 	touch $@ $(VENV)/.demo
 
 demo: $(VENV)/.demo  ## The main job: float base, float control and annealed QAT, in minutes on a CPU
-	$(BIN)/lightning-qat compare recipe=tiny_lm hydra.run.dir=$(DEMO_DIR)
+	$(BIN)/lightning-qat compare recipe=tiny_lm 'methods=[rtn,awq,gptq,qat_annealed]' hydra.run.dir=$(DEMO_DIR)
 
 test: lint  ## Everything that CI runs
 	$(BIN)/python -m pytest -n 2

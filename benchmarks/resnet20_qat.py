@@ -34,7 +34,8 @@ from lightning_qat.tasks.cifar_resnet import CifarResNet
 
 BATCH, CONTROL_EPOCHS, NUM_IMAGES, NUM_HELD, FLOAT = 128, 4, 50_000, 5_000, "float continued"
 WIDTHS = (4, 3, 2)
-LEARNING_RATE, SCALE_LEARNING_RATE = 0.01, 0.001
+SCALE_LEARNING_RATE = 0.001
+RATES = (0.01, 0.03, 0.1)
 
 BEST: dict[str, Any] = {
     "observer": "mse",
@@ -149,11 +150,18 @@ def train(run: dict[str, Any], out: Path) -> dict[str, Any]:
     return {**run, "accuracy": round(accuracy(model.eval(), images, labels), 2), "seconds": round(seconds)}
 
 
-def plan(suite: str, epochs: int, seeds: int) -> list[dict[str, Any]]:
-    """Return the runs of a suite."""
+def best_rate(tuned: list[dict[str, Any]], bits: int) -> float:
+    """Return the learning rate that was best on the images kept aside; 3 bits, which are not tuned, get the middle."""
+    found = {run["lr"]: run["accuracy"] for run in tuned if run["is_tuning"] and run["bits"] == bits}
+    return max(found, key=found.__getitem__) if found else RATES[1]
 
-    def run(arm: str, bits: int, lr: float = LEARNING_RATE, seed: int = 0) -> dict[str, Any]:
-        return {"arm": arm, "bits": bits, "epochs": epochs, "lr": lr, "seed": seed, "is_tuning": suite == "tune"}
+
+def plan(suite: str, epochs: int, seeds: int, tuned: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the runs of a suite, at the learning rates of those that were tuned."""
+
+    def run(arm: str, bits: int, lr: float | None = None, seed: int = 0) -> dict[str, Any]:
+        rate = best_rate(tuned, bits) if lr is None else lr
+        return {"arm": arm, "bits": bits, "epochs": epochs, "lr": rate, "seed": seed, "is_tuning": suite == "tune"}
 
     if suite == "main":
         arms = [(FLOAT, 32), *(("everything", bits) for bits in reversed(WIDTHS))]
@@ -161,7 +169,8 @@ def plan(suite: str, epochs: int, seeds: int) -> list[dict[str, Any]]:
     if suite == "ablation":
         return [run(change, 2) for change in CHANGES]
     if suite == "tune":
-        return [run("everything", bits, lr) for bits in (2, 4) for lr in (0.01, 0.03, 0.1)]
+        arms = [(FLOAT, 32), ("everything", 2), ("everything", 4)]
+        return [run(*arm, lr) for arm in arms for lr in RATES]
     return []
 
 
@@ -183,7 +192,7 @@ def main() -> None:
         return
     load_control(arguments.out)
     done = read_runs(arguments.out)
-    runs = plan(arguments.suite, arguments.epochs, arguments.seeds)
+    runs = plan(arguments.suite, arguments.epochs, arguments.seeds, done)
     missing = [run for run in runs if not any(run.items() <= each.items() for each in done)]
     carry_out(__file__, missing, arguments.out, arguments.jobs)
     report(arguments.out)
@@ -193,20 +202,44 @@ def report(out: Path) -> None:
     """Print the tables and write them, with the conditions, beside the command."""
     images, labels = read_images(data_folder("cifar10-jpeg") / "test.parquet", 10_000)
     reference = accuracy(load_control(out).eval(), images, labels)
-    runs = [run for run in read_runs(out) if not run["is_tuning"]]
+    done = read_runs(out)
+    runs, tuned = ([run for run in done if run["is_tuning"] == flag] for flag in (False, True))
     lines = [
         "# Quantization-aware training of ResNet-20",
         "",
-        "`python benchmarks/resnet20_qat.py --epochs N`, and `--suite ablation`. Top-1 in percent on the 10,000",
-        "test images with the last weights, and the drop from the float arm continued for as many epochs. Weights per",
-        "output channel, inputs static per tensor, first and last layer at 8 bits; SGD, one cycle, learning rate",
-        f"{LEARNING_RATE:g}, not tuned. Everything: {', '.join(map(describe, BEST.items()))}.",
+        "`python benchmarks/resnet20_qat.py --suite tune --epochs 1`, then without `--suite` and `--epochs N`, then",
+        "`--suite ablation`. Top-1 in percent on the 10,000 test images with the last weights, and the drop from the",
+        "float arm continued for as many epochs. Weights per output channel, inputs static per tensor, first and last",
+        f"layer at 8 bits; SGD, one cycle. Everything: {', '.join(map(describe, BEST.items()))}.",
         f"All start from a float fine-tuning of {CONTROL_EPOCHS} epochs, which has {reference:.2f}.",
     ]
     for epochs in sorted({run["epochs"] for run in runs}, reverse=True):
-        lines += ["", f"## {epochs} epochs", "", "| arm | bits | accuracy | drop | minutes |", "|---|---|---|---|---|"]
+        heading = ["| arm | bits | learning rate | accuracy | drop | minutes |", "|---|---|---|---|---|---|"]
+        lines += ["", f"## {epochs} epochs", "", *heading]
         lines += [row_of(run, runs) for run in runs if run["epochs"] == epochs]
+    if tuned:
+        lines += [
+            "",
+            "## Learning rates",
+            "",
+            f"After one epoch, on {NUM_HELD:,} training images kept aside. Three bits,",
+        ]
+        lines += [
+            "which are not tuned, get the middle one.",
+            "",
+            "| arm | bits | learning rate | accuracy |",
+            "|---|---|---|---|",
+        ]
+        lines += [
+            f"| {run['arm']} | {run['bits']} | {run['lr']:g} | {run['accuracy']:.2f} |"
+            for run in sorted(tuned, key=order)
+        ]
     publish(out, lines)
+
+
+def order(run: dict[str, Any]) -> tuple[float, float]:
+    """Return what runs are sorted by."""
+    return -run["bits"], run["lr"]
 
 
 def describe(argument: tuple[str, Any]) -> str:
@@ -217,9 +250,9 @@ def describe(argument: tuple[str, Any]) -> str:
 def row_of(run: dict[str, Any], runs: list[dict[str, Any]]) -> str:
     """Return the line of a run; the drop is from the float arm of the same seed and epochs."""
     same = [each for each in runs if all(each[key] == run[key] for key in ("epochs", "seed")) and each["arm"] == FLOAT]
-    drop = f"{same[0]['accuracy'] - run['accuracy']:.2f}" if same else ""
+    drop = f"{max(each['accuracy'] for each in same) - run['accuracy']:.2f}" if same else ""
     bits = "32" if run["arm"] == FLOAT else f"W{run['bits']}A{run['bits']}"
-    return f"| {run['arm']} | {bits} | {run['accuracy']:.2f} | {drop} | {run['seconds'] / 60:.0f} |"
+    return f"| {run['arm']} | {bits} | {run['lr']:g} | {run['accuracy']:.2f} | {drop} | {run['seconds'] / 60:.0f} |"
 
 
 if __name__ == "__main__":

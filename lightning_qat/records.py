@@ -82,12 +82,11 @@ def append_records(path: str | Path, *records: EvalRecord) -> None:
     """Add ``records`` to a JSON Lines file with one write; half a line left by a crash is removed first."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(asdict(record), allow_nan=True) + "\n" for record in records)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         content = os.pread(descriptor, os.fstat(descriptor).st_size, 0)
         os.ftruncate(descriptor, content.rfind(b"\n") + 1)
-        os.write(descriptor, lines.encode())
+        os.write(descriptor, _to_lines(records).encode())
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -111,13 +110,28 @@ def replace_records(path: str | Path, *records: EvalRecord, if_equal: bool = Fal
     whole_lines = content[: content.rfind(b"\n") + 1].splitlines(keepends=True)
     kept = [line for line in whole_lines if _identity(json.loads(line), outcome) not in new]
     if len(kept) < len(whole_lines):
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        with temporary.open("wb") as file:
-            file.write(b"".join(kept))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        _put_in_place(path, b"".join(kept))
     append_records(path, *records)
+
+
+def write_records(path: str | Path, *records: EvalRecord) -> None:
+    """Let a JSON Lines file hold ``records`` and nothing else, put in place at once."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _put_in_place(path, _to_lines(records).encode())
+
+
+def _to_lines(records: Iterable[EvalRecord]) -> str:
+    return "".join(json.dumps(asdict(record), allow_nan=True) + "\n" for record in records)
+
+
+def _put_in_place(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def _identity(record: Mapping[str, Any], outcome: tuple[str, ...]) -> str:

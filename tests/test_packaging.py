@@ -53,6 +53,6 @@ def test_command_line_runs_from_the_wheel_outside_the_checkout(wheel, tmp_path):
         return done.stdout
 
     assert str(site) in call("-c", "import lightning_qat; print(lightning_qat.__file__)")
-    small = ["base.trainer.max_steps=2", "finetune.trainer.max_steps=4", "+data.stride=4096", "logger=none"]
+    small = ["base.trainer.max_steps=2", "finetune.trainer.max_steps=4", "data.stride=4096", "logger=none"]
     call("-m", "lightning_qat.cli.main", "compare", "recipe=tiny_lm", "hydra.run.dir=out", *small)
     assert (tmp_path / "out" / "quality_vs_bits.png").exists()

@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
-from rich.console import Console
 
-from lightning_qat.cli.arms import ArmRunner, load_trained, read_seeds
+from lightning_qat.cli.app import run_app
 
 
-@hydra.main(version_base="1.3", config_path="pkg://lightning_qat.conf", config_name="train")
-def main(cfg: DictConfig) -> None:
+def main(arguments: Sequence[str]) -> int:
     """Train the float base unless ``init_from`` names a checkpoint, then fine-tune and score the result."""
-    for seed in read_seeds(cfg):
-        train_seed(cfg, seed, Path(HydraConfig.get().runtime.output_dir))
+    return run_app(train, "train", arguments)
 
 
-def train_seed(cfg: DictConfig, seed: int, output_dir: Path) -> None:
-    """Train one seed, and print its score and where the checkpoint is."""
-    runner = ArmRunner(cfg, seed, output_dir)
-    callbacks = list(runner.make_callbacks().values())
-    base = Path(cfg.init_from) if cfg.init_from else runner.train("base", cfg.base).last
-    trained = runner.train("qat", cfg.finetune, init_from=base, callbacks=callbacks)
-    score = runner.score(load_trained(runner.make_task(), trained.last, callbacks))
-    Console().print(f"seed {seed}: {cfg.metric.name} {score:.4f}\nCheckpoint: {trained.last}", soft_wrap=True)
+def train(cfg: DictConfig) -> float:
+    """Train every seed, and return the mean of their scores: what a Hydra sweeper optimizes."""
+    from lightning_qat.cli.arms import read_seeds
+
+    output_dir = Path(HydraConfig.get().runtime.output_dir)
+    scores = [train_seed(cfg, seed, output_dir) for seed in read_seeds(cfg)]
+    return sum(scores) / len(scores)
+
+
+def train_seed(cfg: DictConfig, seed: int, output_dir: Path) -> float:
+    """Train one seed, add its record to ``results.jsonl``, and return its score."""
+    from rich.console import Console
+
+    from lightning_qat.cli.arms import ArmRunner, load_trained
+    from lightning_qat.records import append_records
+
+    runner = ArmRunner(cfg, seed)
+    nodes, folder = dict(cfg.callbacks), output_dir / f"seed{seed}"
+    callbacks = list(runner.make_callbacks(nodes).values())
+    if cfg.init_from:
+        base = Path(cfg.init_from)
+    else:
+        base = folder / "base" / runner.train("base", cfg.base, folder / "base").last
+    name = "qat" if "qat" in nodes else "float"
+    trained = runner.train(name, cfg.finetune, folder / name, init_from=base, callbacks=callbacks)
+    checkpoint = folder / name / trained.last
+    task = load_trained(runner.make_task(), checkpoint, callbacks)
+    record = runner.make_record(task, name, step=max(trained.checkpoints), seconds=trained.seconds)
+    append_records(output_dir / "results.jsonl", record)
+    Console().print(f"seed {seed}: {record.metric} {record.value:.4f}\nCheckpoint: {checkpoint}", soft_wrap=True)
+    return record.value

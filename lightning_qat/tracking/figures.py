@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from lightning_qat.tracking.rows import BASE, CONTROL, Row
 from lightning_qat.tracking.tables import LABELS
 
-_COLORS = {"rtn": "#d1495b", "qat": "#00798c", "gptq": "#edae49", "awq": "#66a182"}
+_COLORS = {"rtn": "#d1495b", "qat": "#00798c", "gptq": "#edae49", "awq": "#66a182", "qat_annealed": "#8d6a9f"}
 
 _VISIBLE_INCREASE = 0.01
 _CROWDED_RATIO = 1.25
@@ -21,6 +21,8 @@ _CROWDED_RATIO = 1.25
 
 def draw_quality_vs_bits(rows: Sequence[Row], title: str, path: str | Path) -> Path:
     """Draw the metric of every method against its width, the float control as a reference, and save it.
+
+    Of several steps at one width the last is drawn.
 
     Args:
         rows: What to draw.
@@ -32,10 +34,11 @@ def draw_quality_vs_bits(rows: Sequence[Row], title: str, path: str | Path) -> P
     """
     figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
     axes = figure.add_subplot()
+    rows = _last_of_each(rows)
     quantized = [row for row in rows if row.num_bits is not None]
     widths = sorted({row.num_bits for row in quantized if row.num_bits is not None})
     positions = {num_bits: index for index, num_bits in enumerate(widths)}
-    markers = itertools.cycle("osD^v")
+    markers = itertools.cycle("osD^vP")
     for method in dict.fromkeys(row.method for row in quantized):
         ours = sorted((row for row in quantized if row.method == method), key=lambda row: row.effective_bits)
         _draw_method(axes, method, ours, positions, next(markers))
@@ -49,6 +52,15 @@ def draw_quality_vs_bits(rows: Sequence[Row], title: str, path: str | Path) -> P
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path)
     return Path(path)
+
+
+def _last_of_each(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows without those of which there is a later one of the same method and width, in float all."""
+    last: dict[tuple[str, float | None], int] = {}
+    for row in rows:
+        key = (row.method, row.num_bits)
+        last[key] = max(row.step, last.get(key, 0))
+    return [row for row in rows if row.num_bits is None or row.step == last[row.method, row.num_bits]]
 
 
 def _draw_method(axes: Axes, method: str, rows: Sequence[Row], positions: dict[float, int], marker: str) -> None:
@@ -81,7 +93,10 @@ def _annotate_increase(axes: Axes, rows: Sequence[Row], positions: dict[float, i
 def _draw_control(axes: Axes, rows: Sequence[Row], positions: dict[float, int]) -> None:
     """Draw the control at the step at which each width was scored."""
     at_step = {row.step: row for row in rows if row.method == CONTROL}
-    steps = {row.num_bits: row.step for row in rows if row.num_bits is not None and row.step in at_step}
+    quantized = sorted(
+        (row for row in rows if row.num_bits is not None and row.step in at_step), key=lambda row: row.step
+    )
+    steps = {row.num_bits: row.step for row in quantized if row.num_bits is not None}
     if steps:
         widths = sorted(steps)
         values = [at_step[steps[num_bits]].mean for num_bits in widths]

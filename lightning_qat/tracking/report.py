@@ -1,8 +1,9 @@
-"""Table, figure and W&B from a results file."""
+"""Table, figure and W&B from files of results."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -16,11 +17,11 @@ from lightning_qat.tracking.wandb_report import log_results
 _FILE_WIDTH = 100
 
 
-def report(results: Path, figure: Path, title: str) -> list[Row]:
-    """Print the table of a results file, draw its figure, and log both to the active W&B run.
+def report(results: Sequence[Path], figure: Path, title: str) -> list[Row]:
+    """Print the table of files of results, draw its figure, and log both to the active W&B run.
 
     Args:
-        results: JSON Lines file of records.
+        results: JSON Lines files of records.
         figure: Where to save the figure.
         title: Title of table and figure.
 
@@ -30,13 +31,14 @@ def report(results: Path, figure: Path, title: str) -> list[Row]:
     Raises:
         ValueError: If there are no records, or they do not fit together.
     """
-    records = read_records(results)
+    records = [record for path in results for record in read_records(path)]
+    names = ", ".join(map(str, results))
     if not records:
-        raise ValueError(f"{results} holds no records.")
+        raise ValueError(f"{names} holds no records.")
     rows = make_rows(records)
     draw_quality_vs_bits(rows, title, figure)
     console = Console(width=None if sys.stdout.isatty() else _FILE_WIDTH)
     console.print(make_table(rows, title))
-    console.print(f"Records: {results}\nFigure:  {figure}", soft_wrap=True)
-    log_results(records, rows, [results, figure], title)
+    console.print(f"Records: {names}\nFigure:  {figure}", soft_wrap=True)
+    log_results(records, rows, [*results, figure], title)
     return rows

@@ -16,6 +16,7 @@ LABELS = {
     "awq": "AWQ",
     "gptq": "GPTQ",
     "qat": "QAT",
+    "qat_annealed": "QAT, annealed",
 }
 
 
@@ -26,9 +27,13 @@ def make_table(rows: Sequence[Row], title: str) -> Table:
     for heading in ("bits", "effective\nbits", "step", rows[0].metric, "over\ncontrol", "recovery"):
         table.add_column(heading, justify="right", no_wrap=True)
     for row, following in zip(rows, [*rows[1:], None], strict=True):
-        last_of_section = following is not None and following.step != row.step
-        table.add_row(*_cells(row), end_section=last_of_section)
+        table.add_row(*_cells(row), end_section=following is not None and _begins_section(row, following))
     return table
+
+
+def _begins_section(row: Row, following: Row) -> bool:
+    """Return whether a row is the first of a step or, after the floats of that step, of a width."""
+    return following.step != row.step or row.num_bits not in (None, following.num_bits)
 
 
 def _cells(row: Row) -> list[str]:
