@@ -1,6 +1,7 @@
 """The command line as a user runs it: in a process of its own, in an empty folder."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -226,3 +227,14 @@ def test_help_lists_the_commands(tmp_path):
     for command in ("train", "compare", "sweep", "plot"):
         assert command in done.stdout
         assert run(command, "--help", cwd=tmp_path).returncode == 0
+
+
+def test_the_command_lines_in_the_readme_run(tmp_path):
+    section = (ROOT / "README.md").read_text().partition("## Command line")[2]
+    lines = section.split("```")[1].strip().splitlines()
+    assert len(lines) == 4
+    for line in lines:
+        program, *arguments = shlex.split(line)
+        assert program == "lightning-qat"
+        done = run(*arguments, *(SMALL if arguments[0] != "plot" else []), cwd=tmp_path)
+        assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
