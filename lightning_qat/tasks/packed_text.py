@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 
 from lightning_qat.tasks.fine_tuning_data import FineTuningData
 from lightning_qat.tasks.flat_rows import FlatRows, map_once, open_arrays, open_column
-from lightning_qat.tasks.sources import check_column, find_files, load_source, num_held_out, to_plain
+from lightning_qat.tasks.sources import check_column, find_files, find_validation, load_source, num_held_out, to_plain
 from lightning_qat.tasks.text_stream import PackedStream
 from lightning_qat.tasks.tokenizing import load_tokenizer, tokenize, tokenizer_key
 
@@ -89,11 +89,7 @@ class PackedTextDataModule(FineTuningData):
             FileNotFoundError: If a source is not there.
             ValueError: If data or arguments do not fit together.
         """
-        validation, val_split = self.validation, self.val_split
-        if validation is None and val_split is not None:
-            validation = self.train
-        elif val_split is None:
-            val_split = "train" if find_files(validation or []) else "validation"
+        validation, val_split = find_validation(self.train, self.validation, self.val_split)
         if self.streaming:
             return self._stream(self.train, self.train_split, True), self._val_stream(validation, val_split)
         train = self._rows(self.train, self.train_split)

@@ -12,7 +12,10 @@ import torch
 
 # The readers of datasets by file ending; what else a folder holds (images), datasets finds out for itself.
 READERS = {".txt": "text", ".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-SOURCE_HELP = f"Give files ({', '.join(READERS)}), a folder, or the name of a data set on the Hugging Face Hub that can be reached"
+_ENDINGS = ", ".join(READERS)
+SOURCE_HELP = (
+    f"Give files ({_ENDINGS}), a folder, or the name of a data set on the Hugging Face Hub that can be reached"
+)
 
 
 def load_source(
@@ -52,6 +55,21 @@ def load_source(
         return datasets.load_dataset(str(source), config_name, split=split, **common)
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(f"{source!r} cannot be read: {error} {SOURCE_HELP}.") from error
+
+
+def find_validation(
+    train: str | list[str], validation: str | list[str] | None, val_split: str | None
+) -> tuple[str | list[str] | None, str]:
+    """Return source and split of the validation data; no source if a share of the training data is to be held out.
+
+    Args:
+        train: Where training data come from.
+        validation: Where validation data come from. Default: from there too, if a split is named.
+        val_split: The split. Default: ``validation``, or that of files, which are all in ``train``.
+    """
+    if validation is None:
+        return (None if val_split is None else train), val_split or "validation"
+    return validation, val_split or ("train" if find_files(validation) else "validation")
 
 
 def find_files(source: str | Sequence[str]) -> list[str]:

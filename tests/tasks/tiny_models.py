@@ -2,7 +2,7 @@
 
 import pytest
 
-WORDS = "the quick brown fox jumps over a lazy dog and runs far away from it".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "runs", "far", "away", "from", "it"]
 
 
 def save_tokenizer(folder, eos="</s>"):
