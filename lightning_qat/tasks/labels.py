@@ -47,7 +47,7 @@ def read_labels(dataset: Any, column: str, classes: list[str] | None) -> tuple[T
         numbers = {name: number for number, name in enumerate(classes)}
         if unknown := sorted(set(values) - set(numbers)):
             raise ValueError(
-                f"Training data have no images of the classes {unknown[:5]}. Leave them out of validation."
+                f"There are no training images of the classes {unknown[:5]}: drop them from validation."
             )
         values = [numbers[value] for value in values]
     array = np.asarray(values)

@@ -46,6 +46,8 @@ def load_source(
     import datasets
 
     common: dict[str, Any] = {"streaming": streaming, "cache_dir": cache_dir}
+    if int(datasets.__version__.partition(".")[0]) < 4:  # later ones run none, and know no such argument
+        common["trust_remote_code"] = False
     files = find_files(source)
     if files:
         reader = _reader_of(files)
