@@ -46,9 +46,7 @@ def read_labels(dataset: Any, column: str, classes: list[str] | None) -> tuple[T
         classes = sorted(set(values)) if classes is None else classes
         numbers = {name: number for number, name in enumerate(classes)}
         if unknown := sorted(set(values) - set(numbers)):
-            raise ValueError(
-                f"There are no training images of the classes {unknown[:5]}: drop them from validation."
-            )
+            raise ValueError(f"There are no training images of the classes {unknown[:5]}: drop them from validation.")
         values = [numbers[value] for value in values]
     array = np.asarray(values)
     if array.dtype.kind not in "iub" or array.ndim != 1 or array.min(initial=0) < 0:

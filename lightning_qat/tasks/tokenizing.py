@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,10 +52,12 @@ def load_tokenizer(name: str | None, eos_token: str | None = None) -> tuple[Any,
 
 
 def tokenizer_key(tokenizer: Any) -> list[Any]:
-    """Return plain values that differ for tokenizers that give other tokens."""
+    """Return plain values that differ for tokenizers that give other tokens, whatever they were used for before."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        return [backend.to_str()]
+        state = json.loads(backend.to_str())
+        # These two are what the last call asked for.
+        return [json.dumps({**state, "truncation": None, "padding": None}, sort_keys=True)]
     return [type(tokenizer).__qualname__, sorted(tokenizer.get_vocab().items()), tokenizer.init_kwargs]
 
 

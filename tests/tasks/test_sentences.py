@@ -80,14 +80,15 @@ def test_sources_give_the_same_pairs(tmp_path, folder):
 
 def test_sentences_are_tokenized_once(tmp_path, folder, monkeypatch):
     train = write_csv(tmp_path / "a.csv", make_pairs(30))
-    hashed = make_data(tmp_path, train, folder).data_hash
+    val = write_csv(tmp_path / "b.csv", make_pairs(40)[30:])  # tokenized by a tokenizer that was in use before
+    hashed = make_data(tmp_path, train, folder, validation=val).data_hash
 
     def tokenize_pairs(*_, **__):
         raise RuntimeError("tokenized again")
 
     tokenize_pairs.__qualname__ = "tokenize_pairs"  # by which the cache knows it
     monkeypatch.setattr("lightning_qat.tasks.sentence_pairs.tokenize_pairs", tokenize_pairs)
-    assert make_data(tmp_path, train, folder, seed=1).data_hash == hashed
+    assert make_data(tmp_path, train, folder, validation=val, seed=1).data_hash == hashed
     with pytest.raises(RuntimeError, match="tokenized again"):
         make_data(tmp_path, train, folder, max_length=4).setup("fit")
 
