@@ -156,5 +156,7 @@ def _is_harmless(found: Any) -> bool:
     from lightning.pytorch.profilers import Profiler
     from lightning.pytorch.strategies import Strategy
 
+    from lightning_qat.tasks import MODELS
+
     parts = (torch.nn.Module, pl.LightningDataModule, pl.Callback, pl.Trainer, Logger, Profiler, Strategy)
-    return isinstance(found, type) and issubclass(found, parts)
+    return found in MODELS.values() or (isinstance(found, type) and issubclass(found, parts))

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import math
+from typing import Any, ClassVar
 
-import lightning.pytorch as pl
-import torch
 import torch.nn.functional as F
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torchmetrics.text import Perplexity
 
+from lightning_qat.tasks.fine_tuning import FineTuningTask
 
-class CausalLMTask(pl.LightningModule):
+
+class CausalLMTask(FineTuningTask):
     """Train a causal language model; batches are token ids int64 ``[B, T + 1]``.
 
     Logs ``train/loss`` (nats per token) and ``val/perplexity``.
 
     Args:
-        model: Maps token ids ``[B, T]`` to logits ``[B, T, V]``.
+        model: Maps token ids ``[B, T]`` to logits ``[B, T, V]``, or to an output that has them as ``logits``, as
+            the models of Hugging Face and PEFT do; see :func:`~lightning_qat.tasks.hf_causal_lm.load_causal_lm`.
         lr: Peak learning rate of AdamW.
         weight_decay: Weight decay.
         warmup_steps: Optimizer steps of linear warm-up.
         final_lr_fraction: Share of ``lr`` at which the cosine ends; 1 for a constant rate.
     """
+
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.95)
 
     def __init__(
         self,
@@ -33,15 +35,14 @@ class CausalLMTask(pl.LightningModule):
         warmup_steps: int = 20,
         final_lr_fraction: float = 0.1,
     ) -> None:
-        super().__init__()
+        super().__init__(lr, weight_decay, warmup_steps, final_lr_fraction)
         self.model = model
-        self.lr, self.weight_decay = lr, weight_decay
-        self.warmup_steps, self.final_lr_fraction = warmup_steps, final_lr_fraction
         self.perplexity = Perplexity()
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return logits ``[B, T, V]`` for ``tokens`` ``[B, T]``."""
-        logits: Tensor = self.model(tokens)
+        output: Any = self.model(tokens)
+        logits: Tensor = output if isinstance(output, Tensor) else output.logits
         return logits
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -58,17 +59,3 @@ class CausalLMTask(pl.LightningModule):
         """Add a batch to the perplexity."""
         self.perplexity(self(batch[:, :-1]).float(), batch[:, 1:])
         self.log("val/perplexity", self.perplexity, prog_bar=True)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW with warm-up and a cosine over the run."""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay, betas=(0.9, 0.95))
-        total_steps = self.trainer.estimated_stepping_batches
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: self._lr_fraction(step, total_steps))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _lr_fraction(self, step: int, total_steps: float) -> float:
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
-        progress = min((step - self.warmup_steps) / max(total_steps - self.warmup_steps, 1), 1.0)
-        cosine = (1 + math.cos(math.pi * progress)) / 2
-        return self.final_lr_fraction + (1 - self.final_lr_fraction) * cosine
