@@ -13,6 +13,8 @@ _PUBLIC = {
     "PTQCallback": "lightning_qat.callbacks",
     "QATCallback": "lightning_qat.callbacks",
     "QuantScheme": "lightning_qat.core",
+    "export": "lightning_qat.exporting",
+    "load_exported": "lightning_qat.exporting",
     "load_qat": "lightning_qat.api",
     "prepare": "lightning_qat.nn",
     "quantize_model": "lightning_qat.api",
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from lightning_qat.callbacks import PTQCallback as PTQCallback
     from lightning_qat.callbacks import QATCallback as QATCallback
     from lightning_qat.core import QuantScheme as QuantScheme
+    from lightning_qat.exporting import export as export
+    from lightning_qat.exporting import load_exported as load_exported
     from lightning_qat.nn import prepare as prepare
     from lightning_qat.nn import quantized_weights as quantized_weights
     from lightning_qat.nn import restore_float as restore_float
@@ -34,6 +38,8 @@ __all__ = [
     "PTQCallback",
     "QATCallback",
     "QuantScheme",
+    "export",
+    "load_exported",
     "load_qat",
     "prepare",
     "quantize_model",

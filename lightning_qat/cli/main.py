@@ -11,6 +11,7 @@ COMMANDS = {
     "train": "Fine-tune a recipe with quantization-aware training.",
     "compare": "Compare QAT with quantization after training, at every width and seed; goes on where it stopped.",
     "sweep": "Train for every combination of overrides such as callbacks.qat.scheme=w4,w3, and compare the results.",
+    "export": "Write what a run trained to files that are deployed, and check that they hold it.",
     "plot": "Draw the table and the quality-vs-bits figure of files of results.",
 }
 _USAGE = """usage: lightning-qat <command> [overrides]

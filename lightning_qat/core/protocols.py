@@ -1,12 +1,13 @@
-"""The architecture on one page: what an observer, an estimator, a schedule and a PTQ method are.
+"""The architecture on one page: what an observer, an estimator, a schedule, a PTQ method and an exporter are.
 
-Each is a small object that is called. To add one, write one file in its folder (``observers/``,
-``estimators/``, ``schedules/``, ``ptq/``) and one line in that folder's registry.
+To add one, write one file in its folder (``observers/``, ``estimators/``, ``schedules/``, ``ptq/``, ``exporters/``) and
+one line in that folder's registry.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -174,4 +175,41 @@ class PTQMethod(Protocol):
             observer: The observer of the layer, which training would use.
             stats: What calibration gathered about the layer's inputs.
         """
+        ...
+
+
+@runtime_checkable
+class Exporter(Protocol):
+    """Writes a quantized model to a folder, and reads it back.
+
+    ``name`` is what the manifest calls the format; ``holds_codes`` says that it stores codes and not floats.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def holds_codes(self) -> bool: ...  # noqa: D102
+
+    def explain(self, scheme: QuantScheme) -> str | None:
+        """Return why the format cannot hold a scheme, or None."""
+        ...
+
+    def stored_bits(self, weight: QuantizedWeight) -> float:
+        """Return the bits that a file has for a weight, scales and zero-points included."""
+        ...
+
+    def write(self, weights: Mapping[str, QuantizedWeight], rest: Mapping[str, Tensor], folder: Path) -> None:
+        """Write a model.
+
+        Args:
+            weights: Quantized weights by the name of their layer; of layers that share one, each has it.
+            rest: The state of the model in float without those weights, or with them, dequantized, if the format
+                does not hold codes.
+            folder: An empty folder.
+        """
+        ...
+
+    def read(self, folder: Path) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
+        """Return what :meth:`write` was given."""
         ...

@@ -1,5 +1,6 @@
 """The command line as a user runs it: in a process of its own, in an empty folder."""
 
+import json
 import os
 import shlex
 import signal
@@ -224,7 +225,7 @@ def test_plot_refuses_an_empty_file(tmp_path):
 def test_help_lists_the_commands(tmp_path):
     done = run("--help", cwd=tmp_path)
     assert done.returncode == 0
-    for command in ("train", "compare", "sweep", "plot"):
+    for command in ("train", "compare", "sweep", "export", "plot"):
         assert command in done.stdout
         assert run(command, "--help", cwd=tmp_path).returncode == 0
 
@@ -232,9 +233,11 @@ def test_help_lists_the_commands(tmp_path):
 def test_the_command_lines_in_the_readme_run(tmp_path):
     section = (ROOT / "README.md").read_text().partition("## Command line")[2]
     lines = section.split("```")[1].strip().splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 5
     for line in lines:
-        program, *arguments = shlex.split(line)
+        program, *arguments = shlex.split(line.replace("step400", "step8"))
         assert program == "lightning-qat"
         done = run(*arguments, *(SMALL if arguments[0] != "plot" else []), cwd=tmp_path)
         assert done.returncode == 0, f"{line}\n{done.stderr[-3000:]}"
+    assert "before and after" in done.stdout
+    assert json.loads((tmp_path / "deployed" / "manifest.json").read_text())["schemes"] == {"w4g32-bf16": 7}
