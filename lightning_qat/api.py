@@ -80,6 +80,9 @@ def load_qat(
         configure_model()
     check_state(content[STATE_KEY])
     floats = _without_quantizers(content)
+    if broken := [name for name, tensor in floats.items() if _has_nan(tensor)]:
+        more = ", ..." if len(broken) > 3 else ""
+        raise ValueError(f"The checkpoint holds NaN in {', '.join(broken[:3])}{more}: its run diverged. Take another.")
 
     def load(target: nn.Module) -> None:
         _load_floats(target, floats)
@@ -91,6 +94,10 @@ def load_qat(
             load(trial)
     load(module)
     return module
+
+
+def _has_nan(tensor: Any) -> bool:
+    return isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and bool(tensor.isnan().any())
 
 
 def _without_quantizers(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -37,6 +37,12 @@ def check_file(path: str | Path) -> None:
         raise ValueError(f"{path} is damaged: the checksum of '{damaged}' in it is wrong. {_REMEDY}")
 
 
+def _reason(error: Exception) -> str:
+    """Return the sentence of torch's explanation that names what it did not load."""
+    sentences = " ".join((str(error).partition("WeightsUnpickler error:")[2] or str(error)).split())
+    return sentences.strip().partition(". ")[0].partition(" by default")[0][:200] or type(error).__name__
+
+
 def read_checkpoint(path: str | Path, weights_only: bool = True) -> Mapping[str, Any]:
     """Return the content of a checkpoint, on the CPU.
 
@@ -54,7 +60,7 @@ def read_checkpoint(path: str | Path, weights_only: bool = True) -> Mapping[str,
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path} is no checkpoint, or holds objects that are no plain data, which could run code when they are "
-            f"loaded; nothing was. If you trust who made it, pass weights_only=False. {str(error)[-200:]}"
+            f"loaded; nothing was ({_reason(error)}). If you trust who made it, pass weights_only=False."
         ) from error
     except (RuntimeError, OSError, EOFError, KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no checkpoint, or is cut off or damaged ({error}). {_REMEDY}") from error

@@ -131,6 +131,27 @@ def test_code_in_a_file_is_not_run(place, content, tmp_path):
     assert proof.exists()  # the file would have done it
 
 
+def test_what_a_file_holds_besides_plain_data_is_named(content, tmp_path):
+    path = tmp_path / "evil.ckpt"
+    torch.save({**content, "callbacks": {"evil": Evil(tmp_path / "proof")}}, path)
+    assert_refused(path, r"nothing was \(Unsupported global: GLOBAL posix\.mkdir .*\)\. If you trust who made it")
+
+
+@pytest.mark.parametrize("name", ["net.0.weight", "net.2.bias"])
+def test_a_diverged_run_is_refused_and_leaves_the_module_alone(name, content, tmp_path):
+    content = {**content, "state_dict": {**content["state_dict"], name: content["state_dict"][name] * float("nan")}}
+    path = tmp_path / "nan.ckpt"
+    torch.save(content, path)
+    assert_refused(path, f"holds NaN in {name}")
+
+
+def test_going_on_without_the_callback_is_warned_of(content, tmp_path):
+    path = tmp_path / "good.ckpt"
+    torch.save(content, path)
+    with pytest.warns(UserWarning, match="add the following callbacks: .*QATCallback"):
+        make_trainer().validate(TinyTask(), loader(2), ckpt_path=path, verbose=False)
+
+
 def test_content_that_is_no_mapping(tmp_path):
     torch.save([1, 2], tmp_path / "list.ckpt")
     with pytest.raises(ValueError, match="holds a list"):

@@ -117,9 +117,9 @@ def check_adapters(root: nn.Module, writers: Sequence[str]) -> None:
     adapted = [name for name, layer in weight_fake_quants(root) if len(layer.parameters_of(layer)) > 1]
     if writers and adapted:
         raise QATConfigurationError(
-            f"{writers[0]} changes weights one by one, and {adapted[0]} trains by adapters, which cannot follow. Leave "
-            f"it out ({writers[0]}=None, for QATCallback.recommended, too), or let it only look: oscillation=True, "
-            "init without weights."
+            f"{' and '.join(writers)} changes weights one by one, and {adapted[0]} trains by adapters, which cannot "
+            f"follow. Leave it out ({', '.join(f'{name}=None' for name in writers)}, for recommended, too), or let it only "
+            "look: oscillation=True, init='imatrix'."
         )
 
 

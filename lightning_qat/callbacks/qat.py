@@ -484,6 +484,11 @@ class QATCallback(TechniqueHost):
     # ------------------------------------------------------------------------------------------- checkpoints
 
     @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return something, so that Lightning warns of a checkpoint that is gone on with without this callback."""
+        return {"quantizes": True}
+
+    @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:

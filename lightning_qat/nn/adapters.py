@@ -36,11 +36,20 @@ def find_adapter_class(module: Any) -> type[QATLayer] | None:
 
 
 def explain_adapter(module: Any) -> str | None:
-    """Return why a layer of PEFT has no quantized form, or None if it has one."""
+    """Return why a layer of PEFT has no quantized form, or None if it has one.
+
+    Raises:
+        ValueError: If it was put around a layer that is quantized already.
+    """
     kind = f"{float_type(module).__module__.split('.')[2]}.{float_type(module).__name__}"
     if not is_exactly(module, "peft.tuners.lora.layer", "Linear"):
         return f"no quantized form of {kind}: {_MERGE}"
     base = module.base_layer
+    if isinstance(base, QATLayer):
+        raise ValueError(
+            "PEFT has put adapters around layers that are quantized already: fq(W) + BA is not what is deployed once "
+            "they are merged. Call restore_float(model) first, then get_peft_model or add_adapter."
+        )
     if type(base) is not nn.Linear and not is_hf_conv1d(base):
         return f"no quantized form of {kind} around {type(base).__name__}: only around Linear and Conv1D in float"
     if variants := sorted({type(each).__name__ for each in module.lora_variant.values()}):

@@ -109,7 +109,8 @@ def test_a_checkpoint_loads_strictly_without_the_plugin(name, tmp_path):
     plain.load_state_dict(checkpoint["state_dict"], strict=True)
     loaded = TinyTask.load_from_checkpoint(tmp_path / "step14.ckpt", strict=True)
     assert_same(plain.state_dict(), loaded.state_dict())
-    assert make_trainer().validate(plain, loader(2), ckpt_path=tmp_path / "step14.ckpt", verbose=False)
+    with pytest.warns(UserWarning, match=r"add the following callbacks: \['QATCallback'\]"):
+        assert make_trainer().validate(plain, loader(2), ckpt_path=tmp_path / "step14.ckpt", verbose=False)
 
 
 @pytest.mark.filterwarnings("ignore:Training stopped at optimizer step")

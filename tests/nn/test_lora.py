@@ -387,3 +387,11 @@ def test_a_saved_teacher_leaves_the_students_weights_alone():
     copy_weights(saved, teacher.module)
     assert torch.equal(plain, expected)
     assert torch.equal(teacher.module.base_model.model.plain.weight, saved["base_model.model.plain.weight"])
+
+
+def test_adapters_around_quantized_layers_are_refused():
+    model = Net()
+    prepare(model, SCHEME)
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["first"]))
+    with pytest.raises(ValueError, match=r"restore_float\(model\) first"):
+        prepare(model, SCHEME)
