@@ -38,9 +38,10 @@ def check_file(path: str | Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    """Return the sentence of torch's explanation that names what it did not load."""
-    sentences = " ".join((str(error).partition("WeightsUnpickler error:")[2] or str(error)).split())
-    return sentences.strip().partition(". ")[0].partition(" by default")[0][:200] or type(error).__name__
+    """Return the line of torch's explanation that names what it did not load."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    named = [line for line in lines if "GLOBAL" in line or "Unsupported" in line]
+    return named[0].partition(" by default")[0].rstrip(".") if named else type(error).__name__
 
 
 def read_checkpoint(path: str | Path, weights_only: bool = True) -> Mapping[str, Any]:

@@ -134,7 +134,7 @@ def test_code_in_a_file_is_not_run(place, content, tmp_path):
 def test_what_a_file_holds_besides_plain_data_is_named(content, tmp_path):
     path = tmp_path / "evil.ckpt"
     torch.save({**content, "callbacks": {"evil": Evil(tmp_path / "proof")}}, path)
-    assert_refused(path, r"nothing was \(Unsupported global: GLOBAL posix\.mkdir .*\)\. If you trust who made it")
+    assert_refused(path, r"nothing was \(.*GLOBAL posix\.mkdir .*\)\. If you trust who made it")
 
 
 @pytest.mark.parametrize("name", ["net.0.weight", "net.2.bias"])

@@ -116,10 +116,11 @@ def check_adapters(root: nn.Module, writers: Sequence[str]) -> None:
     """
     adapted = [name for name, layer in weight_fake_quants(root) if len(layer.parameters_of(layer)) > 1]
     if writers and adapted:
+        without = ", ".join(f"{name}=None" for name in writers)
         raise QATConfigurationError(
             f"{' and '.join(writers)} changes weights one by one, and {adapted[0]} trains by adapters, which cannot "
-            f"follow. Leave it out ({', '.join(f'{name}=None' for name in writers)}, for recommended, too), or let it only "
-            "look: oscillation=True, init='imatrix'."
+            f"follow. Leave it out ({without}, for QATCallback.recommended, too), or let it only look: "
+            "oscillation=True, init='imatrix'."
         )
 
 
