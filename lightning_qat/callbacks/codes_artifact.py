@@ -54,7 +54,7 @@ def log_codes(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         "effective_bits": bits.quantized,
         "model_bits": bits.model,
         "step": trainer.global_step,
-        "metrics": {name: value.item() for name, value in trainer.callback_metrics.items()},
+        "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
     }
 
     def log_to(_: Any, run: Any) -> None:
