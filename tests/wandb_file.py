@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ def _payloads(data: bytes) -> Iterator[bytes]:
             continue
         length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
         assert kind in (FULL, FIRST, MIDDLE, LAST), f"a record of kind {kind} at {position}"
+        if position + RECORD_HEADER + length > len(data):  # still being written
+            return
         parts += data[position + RECORD_HEADER : position + RECORD_HEADER + length]
         position += RECORD_HEADER + length
         if kind in (FULL, LAST):
@@ -37,11 +40,15 @@ def _payloads(data: bytes) -> Iterator[bytes]:
 
 
 class WandbFile:
-    """The run that is in a folder."""
+    """The run that is in a folder, and was finished: W&B may still be writing the last block, which is waited for."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, timeout: float = 60.0) -> None:
         (self.path,) = folder.rglob("*.wandb")
-        self.records = read_records(self.path)
+        until = time.monotonic() + timeout
+        while not (records := read_records(self.path)) or not records[-1].HasField("exit"):
+            assert time.monotonic() < until, f"{self.path} has no end"
+            time.sleep(0.05)
+        self.records = records
 
     @property
     def history(self) -> list[dict[str, Any]]:
