@@ -223,7 +223,7 @@ def test_artifacts_hold_records_and_codes(finished):
     assert entry.digest == digest(entry.local_path)
     metadata = json.loads(model.metadata)
     assert metadata["schemes"] == ["w2"]
-    assert metadata["effective_bits"] == last.effective_bits or last.num_bits != 2
+    assert (last.num_bits, last.effective_bits) == (2, metadata["effective_bits"])
     assert metadata["metrics"]["val/loss"] == file_value(file, "qat", 2)
     codes = quantized_weights(task)
     with safe_open(entry.local_path, "pt") as stored:
