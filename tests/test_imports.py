@@ -15,6 +15,7 @@ LEVELS = {
     "estimators": 1,
     "schedules": 1,
     "records": 1,
+    "charts": 2,
     "files": 1,
     "ptq": 2,
     "exporters": 2,

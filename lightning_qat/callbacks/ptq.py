@@ -50,6 +50,8 @@ from lightning_qat.callbacks.ptq_report import (
 )
 from lightning_qat.callbacks.ptq_scoring import VariantScorer
 from lightning_qat.callbacks.publish import publish
+from lightning_qat.callbacks.quality_vs_bits import QualityVsBits
+from lightning_qat.callbacks.run_facts import describe_ptq
 from lightning_qat.callbacks.twins import overrides
 from lightning_qat.core import PASS_THROUGH_BITS, ActivationObserver, Observer, PTQMethod
 from lightning_qat.core.checks import check_choice, check_positive
@@ -88,6 +90,10 @@ class PTQCallback(pl.Callback):
     callbacks that monitor them and are listed later. Beside ``QATCallback`` the prefix is ``ptq_of_latent``: the
     weights under fake quantization are not those of a float run, and their quantization is not the baseline to
     compare with.
+
+    ``WandbLogger`` also gets a table and a chart of quality against bits for every metric
+    (``quality_vs_bits_table/<metric>``, ``quality_vs_bits/<metric>``), with the newest scores of each method and width
+    and those of ``baseline``; and, when the fit has ended, an artifact with the records.
 
     Args:
         methods: ``"rtn"``, ``"imatrix"``, ``"awq"``, ``"gptq"``, mappings with ``name`` and arguments, or methods
@@ -197,6 +203,7 @@ class PTQCallback(pl.Callback):
         self.target_module = target_module
         self.mapping = check_mapping(mapping)
         self.scores: list[Score] = []
+        self._chart = QualityVsBits()
         self._capture = BatchCapture(calibration_samples)
         self._num_validations = 0
         self._shell: pl.LightningModule | None = None
@@ -241,9 +248,10 @@ class PTQCallback(pl.Callback):
         elif self.baseline is not None:
             rank_zero_warn("PTQCallback's baseline has no effect without QATCallback: it is what QAT is compared with.")
         if not self._is_resumed:
-            self._went_on = False
+            self._went_on, self._chart = False, QualityVsBits()
             self._capture, self._num_validations = BatchCapture(self._capture.num_samples), 0
         self._is_resumed = False
+        describe_ptq(trainer, self)
 
     def _warn_of_what_qat_decides(self) -> None:
         given = {"scheme": self.rules, "ignore": self.ignore, "target_module": self.target_module}
@@ -365,6 +373,11 @@ class PTQCallback(pl.Callback):
                 "trainer.validate with PTQCallback(bits=..., calibration_data=...)."
             )
 
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give W&B the records."""
+        self._chart.log_file(trainer, self._path(trainer))
+
     def _run(
         self,
         trainer: pl.Trainer,
@@ -394,12 +407,13 @@ class PTQCallback(pl.Callback):
         With several processes each has batches of its own, and only one writes the checkpoint: they are left out.
         """
         capture = self._capture.state_dict() if self._is_alone else None
-        return {"num_validations": self._num_validations, "capture": capture}
+        return {"num_validations": self._num_validations, "capture": capture, "chart": self._chart.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self._num_validations = state_dict["num_validations"]
+        self._chart.load_state_dict(state_dict.get("chart", ()))
         self._capture = BatchCapture(self._capture.num_samples)
         if state_dict["capture"] is not None:
             self._capture.load_state_dict(state_dict["capture"])
@@ -424,7 +438,6 @@ class PTQCallback(pl.Callback):
     @rank_zero_only
     def _report(self, trainer: pl.Trainer, live: Score, scores: list[Score], results: PTQResults) -> None:
         self.scores += [live, *scores] if live.method == QAT else scores
-        path = self.results or Path(trainer.default_root_dir, "ptq_results.jsonl")
         modes = self.modes.all([metric for score in scores for metric in score.metrics], find_modes(trainer))
         self.modes.warn_of_unknown(modes)
         records = [
@@ -432,5 +445,12 @@ class PTQCallback(pl.Callback):
             for score in (live, *scores)
             for metric in score.metrics
         ]
-        replace_records(path, *records, if_equal=not self._went_on)
+        replace_records(self._path(trainer), *records, if_equal=not self._went_on)
         print_scores(Console(), [live, *scores], results, trainer.global_step)
+        if self.baseline is not None and live.method == QAT:
+            records += self.baseline.comparable(live, trainer.global_step, self.seed)
+        self._chart.add(records)
+        self._chart.log(trainer)
+
+    def _path(self, trainer: pl.Trainer) -> Path:
+        return self.results or Path(trainer.default_root_dir, "ptq_results.jsonl")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from lightning_qat.callbacks.ptq_report import Score
+from lightning_qat.callbacks.ptq_report import FLOAT, Score
 from lightning_qat.records import EvalRecord, read_records
 
 
@@ -25,9 +25,9 @@ class Baseline:
         if not Path(path).is_file():
             raise FileNotFoundError(f"baseline={str(path)!r}: there is no such file.")
         self.path = path
-        self._records = [
-            record for record in read_records(path) if record.trained_with == "float" and record.num_bits <= 8
-        ]
+        of_float = [record for record in read_records(path) if record.trained_with == "float"]
+        self._records = [record for record in of_float if record.num_bits <= 8]
+        self._controls = [record for record in of_float if record.method == FLOAT]
         if not self._records:
             raise ValueError(f"baseline={str(path)!r} holds no results of quantization after training of a float run.")
         self._check_one_run()
@@ -73,6 +73,27 @@ class Baseline:
             for each in self._records
             if (each.metric, each.num_bits, each.scheme, each.step, each.limit_val_batches) == wanted
         ]
+
+    def comparable(self, score: Score, step: int, seed: int) -> list[EvalRecord]:
+        """Return what a score of QAT can be drawn beside: methods on its grid, and the control, at the same step.
+
+        Of one seed: ``seed`` where there is such a record, else the first.
+
+        Args:
+            score: The score of QAT.
+            step: Optimizer steps.
+            seed: Seed of the run.
+        """
+        limit = score.limit_val_batches
+        found = []
+        for metric in score.metrics:
+            records = self._matching(score, metric, step)
+            wanted = (metric, step, limit)
+            records += [each for each in self._controls if (each.metric, each.step, each.limit_val_batches) == wanted]
+            seeds = {record.seed for record in records}
+            chosen = seed if seed in seeds else min(seeds, default=seed)
+            found += [record for record in records if record.seed == chosen]
+        return found
 
     def explain_missing(self, score: Score, step: int) -> str:
         """Say what the baseline has in place of what QAT is to be compared with."""

@@ -30,6 +30,7 @@ from lightning_qat.callbacks.checks import (
     warn_of_other_scale_lr,
 )
 from lightning_qat.callbacks.closed_loop import ClosedLoop
+from lightning_qat.callbacks.codes_artifact import check_can_save_codes, log_codes, warn_without_wandb
 from lightning_qat.callbacks.control import advance, all_bits, forget_old_grids, go_to_rung, learned_scales, mean_bits
 from lightning_qat.callbacks.errors import QATConfigurationError, as_configuration_error
 from lightning_qat.callbacks.health import HealthMonitor, print_layer_table
@@ -38,6 +39,7 @@ from lightning_qat.callbacks.portable import restore_quantizers, store_quantizer
 from lightning_qat.callbacks.publish import publish
 from lightning_qat.callbacks.recommended import recommended_arguments
 from lightning_qat.callbacks.resolution import make_timeline, read_freeze_at, resolve
+from lightning_qat.callbacks.run_facts import describe_qat
 from lightning_qat.callbacks.scale_drift import DriftBound, ScaleDrift
 from lightning_qat.callbacks.summary import print_summary
 from lightning_qat.callbacks.techniques import (
@@ -142,6 +144,8 @@ class QATCallback(TechniqueHost):
             True, or a mapping with the arguments of :class:`~lightning_qat.callbacks.techniques.Distillation`
             (``{"task_weight": 0.5, "temperature": 2.0}``), which says what serves as the teacher.
         techniques: Further techniques of training, of your own.
+        log_codes: Whether ``WandbLogger`` gets an artifact with the integer codes, scales and zero-points when the fit
+            has ended, about a byte per quantized weight. Everything else it gets unasked.
 
     Raises:
         TypeError: If an argument is of a wrong type.
@@ -178,6 +182,7 @@ class QATCallback(TechniqueHost):
         oscillation: bool | Mapping[str, Any] | Technique | None = None,
         distillation: bool | Mapping[str, Any] | Technique | None = None,
         techniques: Sequence[Technique] = (),
+        log_codes: bool = False,
     ) -> None:
         self.rules = parse_rules(scheme)
         self.ignore = parse_patterns(ignore)
@@ -191,6 +196,8 @@ class QATCallback(TechniqueHost):
         self.target_module = target_module
         self.mapping = check_mapping(mapping)
         self.health_every_n_steps = health_every_n_steps
+        self.log_codes = log_codes
+        check_can_save_codes(log_codes)
         check_position(fake_quant_after_n_steps, "fake_quant_after_n_steps")
         if target_module is not None and not isinstance(target_module, str):
             raise TypeError(f"target_module={target_module!r} must be the name of one submodule.")
@@ -341,6 +348,9 @@ class QATCallback(TechniqueHost):
             go_to_rung(pl_module, self.timeline, trainer.global_step)
         self._pass_on("on_fit_checked", trainer, pl_module, self.timeline)
         self._print_summary(pl_module)
+        describe_qat(trainer, pl_module, self)
+        if self.log_codes:
+            warn_without_wandb(trainer)
 
     def _check_scales(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.scale_lr is not None:
@@ -467,6 +477,12 @@ class QATCallback(TechniqueHost):
         further = (self._closed_loop.describe_shortfall(), self._drift.describe_shortfall(self.timeline))
         for warning in filter(None, (shortfall, *further)):
             rank_zero_warn(warning)
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Give W&B the codes, if that was asked for."""
+        if self.log_codes:
+            log_codes(trainer, pl_module)
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
