@@ -114,6 +114,7 @@ class ArmRunner:
         callbacks: Sequence[pl.Callback] = (),
         checkpoint_steps: Iterable[int] = (),
         settings: Mapping[str, Any] | None = None,
+        logs: bool = True,
     ) -> TrainedArm:
         """Train one arm, keep checkpoints at the given steps and at the end, and leave a note of it.
 
@@ -126,6 +127,7 @@ class ArmRunner:
             callbacks: Callbacks besides the one that saves.
             checkpoint_steps: Optimizer steps after which to save.
             settings: What the note tells.
+            logs: Whether the logger of the configuration gets it.
 
         Raises:
             RuntimeError: If it ended before ``max_steps``, so that arms cannot be compared.
@@ -142,7 +144,7 @@ class ArmRunner:
             folder.mkdir(parents=True, exist_ok=True)
             torch.save({"state_dict": task.state_dict()}, saver.path(0))
         else:
-            logger = self._logger(arm)
+            logger = self._logger(arm) if logs else False
             trainer = self._trainer(callbacks=[*callbacks, saver], logger=logger, **phase.trainer)
             try:
                 trainer.fit(task, datamodule=self.data)

@@ -38,7 +38,7 @@ def train_seed(cfg: DictConfig, seed: int, output_dir: Path) -> float:
     if cfg.init_from:
         base = Path(cfg.init_from)
     else:
-        base = folder / "base" / runner.train("base", cfg.base, folder / "base").last
+        base = folder / "base" / runner.train("base", cfg.base, folder / "base", logs=False).last  # one run of W&B
     name = "qat" if "qat" in nodes else "float"
     trained = runner.train(name, cfg.finetune, folder / name, init_from=base, callbacks=callbacks)
     checkpoint = folder / name / trained.last
