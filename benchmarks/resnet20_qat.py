@@ -215,16 +215,15 @@ def report(out: Path) -> None:
     ]
     for epochs in sorted({run["epochs"] for run in runs}, reverse=True):
         heading = ["| arm | bits | learning rate | accuracy | drop | minutes |", "|---|---|---|---|---|---|"]
-        lines += ["", f"## {epochs} epochs", "", *heading]
+        lines += ["", f"## {epochs} epoch{'s' * (epochs > 1)}", "", *heading]
         lines += [row_of(run, runs) for run in runs if run["epochs"] == epochs]
     if tuned:
         lines += [
             "",
             "## Learning rates",
             "",
-            f"After one epoch, on {NUM_HELD:,} training images kept aside. Three bits,",
-        ]
-        lines += [
+            f"After one epoch, on {NUM_HELD:,} training images that this epoch does not see. The float fine-tuning",
+            "before it has seen them, so that small rates, which forget less, look better than they are. Three bits,",
             "which are not tuned, get the middle one.",
             "",
             "| arm | bits | learning rate | accuracy |",
