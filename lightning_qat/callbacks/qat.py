@@ -500,11 +500,6 @@ class QATCallback(TechniqueHost):
     # ------------------------------------------------------------------------------------------- checkpoints
 
     @override
-    def state_dict(self) -> dict[str, Any]:
-        """Return something, so that Lightning warns of a checkpoint that is gone on with without this callback."""
-        return {"quantizes": True}
-
-    @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -512,6 +507,8 @@ class QATCallback(TechniqueHost):
 
         Sharded strategies load the file straight into the prepared model, and keep it in the state dict.
         """
+        # So that Lightning warns where a run goes on without this callback.
+        checkpoint.setdefault("callbacks", {})[self.state_key] = {"quantizes": True}
 
         def store(save: Callable[[], Any]) -> None:
             save()

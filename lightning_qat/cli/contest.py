@@ -94,12 +94,7 @@ class Contest:
         timeline: Timeline = callback.resolve(self.max_steps)
         starts = timeline.rungs
         ends = [first for first, _ in starts[1:]] + [self.max_steps]
-        if timeline.monitor is not None or timeline.activation_rungs is not None or timeline.blend(ends[0] - 1) < 1:
-            raise UsageError(
-                "lightning-qat compare scores the annealed arm at the end of each rung, which must be known before "
-                "training, the same for weights and inputs, and fake-quantized in full. Give a staircase, 'linear' or "
-                f"'cosine', and let blend_until end in the first {ends[0] - 1} optimizer steps, or leave it out."
-            )
+        check_rungs(timeline, ends[0])
         return [Point(end, bits) for (_, bits), end in zip(starts, ends, strict=True) if bits != PASS_THROUGH_BITS]
 
     def callback_nodes(self, arm: str) -> dict[str, Any]:
@@ -164,6 +159,20 @@ class Contest:
         for arm in [BASE, *self.arms]:
             self.points_of(arm)
             runner.make_callbacks(self.callback_nodes(arm))
+
+
+def check_rungs(timeline: Timeline, first_end: int) -> None:
+    """Check that at the end of each rung all quantizers are at one width that is known before training.
+
+    Raises:
+        UsageError: If they are not.
+    """
+    if timeline.monitor is not None or timeline.activation_rungs is not None or timeline.blend(first_end - 1) < 1:
+        raise UsageError(
+            "lightning-qat compare scores the annealed arm at the end of each rung, which must be known before "
+            "training, the same for weights and inputs, and fake-quantized in full. Give a staircase, 'linear' or "
+            f"'cosine', and let blend_until end in the first {first_end - 1} optimizer steps, or leave it out."
+        )
 
 
 def _listed(value: Any, name: str) -> list[Any]:

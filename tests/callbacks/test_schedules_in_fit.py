@@ -18,7 +18,7 @@ from lightning_qat import QATCallback, load_qat
 from lightning_qat.callbacks.errors import QATConfigurationError
 from lightning_qat.callbacks.step_checkpoint import StepCheckpoint
 from lightning_qat.callbacks.techniques import Technique
-from lightning_qat.cli.compare import _check_rungs
+from lightning_qat.cli.contest import check_rungs
 from lightning_qat.nn import quantized_layers
 from lightning_qat.schedules import Plateau
 from tests.callbacks.test_checkpoints import assert_same, state_of
@@ -664,8 +664,8 @@ def test_under_ddp_all_ranks_follow_the_first(tmp_path):
 def test_compare_refuses_rungs_that_it_cannot_score(options, message):
     timeline = QATCallback(**{"scheme": "w4", **options}).resolve(10)
     with pytest.raises(ValueError, match=message):
-        _check_rungs(timeline, 5)
-    _check_rungs(QATCallback("w4", schedule="linear", blend_until=2).resolve(10), 5)
+        check_rungs(timeline, 5)
+    check_rungs(QATCallback("w4", schedule="linear", blend_until=2).resolve(10), 5)
 
 
 def test_arguments_from_a_configuration_file():

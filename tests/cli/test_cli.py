@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -56,12 +57,13 @@ def comparison(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
     done = run(*ALL, "hydra.run.dir=out", cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
+    shutil.copy(folder / "out" / "results.jsonl", folder / "first.jsonl")
     return folder, done
 
 
 def test_compare_scores_every_method_at_every_width(comparison):
     folder, _ = comparison
-    records = read_records(folder / "out" / "results.jsonl")
+    records = read_records(folder / "first.jsonl")
     expected = {("float_base", 32, 0), ("float_control", 32, 4), ("float_control", 32, 8)}
     expected |= {(method, 4, 4) for method in ("rtn", "awq", "gptq", "qat_annealed")}  # its first rung
     expected |= {(method, bits, 8) for bits in (4, 2) for method in ("rtn", "awq", "gptq", "qat")}
@@ -134,7 +136,7 @@ def test_compare_that_was_killed_goes_on_and_loses_nothing(comparison, tmp_path)
     done = run(*ALL, "hydra.run.dir=out", "logger=none", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     assert arms.items() <= finished(tmp_path / "out").items()
-    assert outcomes(tmp_path / "out" / "results.jsonl") == outcomes(folder / "out" / "results.jsonl")
+    assert outcomes(tmp_path / "out" / "results.jsonl") == outcomes(folder / "first.jsonl")
 
 
 def test_arms_run_on_another_launcher(comparison, tmp_path):
@@ -142,7 +144,7 @@ def test_arms_run_on_another_launcher(comparison, tmp_path):
     parallel = ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "logger=none", "hydra.run.dir=out"]
     done = run(*ALL, *parallel, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert outcomes(tmp_path / "out" / "results.jsonl") == outcomes(folder / "out" / "results.jsonl")
+    assert outcomes(tmp_path / "out" / "results.jsonl") == outcomes(folder / "first.jsonl")
 
 
 def test_plot_draws_from_files_alone(comparison):
