@@ -1,4 +1,6 @@
-"""What a configuration may call: a recipe that came from elsewhere must not run ``os.system``.
+"""A look at what a configuration calls. It catches mistakes, and is no protection against a recipe made for harm.
+
+Interpolations that are resolved later, and settings of Hydra itself, get around it.
 
 Hydra calls whatever ``_target_`` names. Here it may be a module, callback, logger, ... of the packages below, or
 anything of a package that the user names on the command line (``--trust``, or in ``_target_`` itself), or in the
