@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_qat import QATCallback
+from lightning_qat.tasks.augmentation import shift_images
 from lightning_qat.tasks.cifar_resnet import CifarResNet
 
 BATCH, CONTROL_EPOCHS, NUM_IMAGES, NUM_HELD, FLOAT = 128, 4, 50_000, 5_000, "float continued"
@@ -88,10 +89,7 @@ class ImageTask(pl.LightningModule):
         if not self.trainer.training:
             return batch
         images = torch.where(torch.rand(len(images), 1, 1, 1) < 0.5, images, images.flip(3))
-        padded = F.pad(images, (4, 4, 4, 4))
-        rows, columns = (torch.randint(9, (len(images), 1)) + torch.arange(32) for _ in range(2))
-        index = torch.arange(len(images))[:, None, None]
-        return padded[index, :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous(), labels
+        return shift_images(images, 4), labels
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Return the mean cross-entropy."""

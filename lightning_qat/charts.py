@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lightning_qat.records import EvalRecord
+from lightning_qat.records import FLOAT_CONTROL, EvalRecord
 
-REFERENCE = "float_control"
+REFERENCE = FLOAT_CONTROL
 """What the line of the float control is called."""
 
 

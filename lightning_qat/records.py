@@ -13,6 +13,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+FLOAT_BASE, FLOAT_CONTROL = "float_base", "float_control"
+"""Methods of the records in float: before fine-tuning, and fine-tuned for as long as QAT."""
+
 MINIMUM_GAP = 0.01
 """With one seed: the smallest loss of round-to-nearest (nats, or a share of 1) of which a recovery is given."""
 

@@ -17,9 +17,9 @@ from lightning_qat.callbacks.twins import either
 from lightning_qat.core import WIDTHS
 from lightning_qat.nn.bits import BitReport
 from lightning_qat.nn.sweep import PTQResults
-from lightning_qat.records import EvalRecord
+from lightning_qat.records import FLOAT_CONTROL, EvalRecord
 
-QAT, FLOAT = "qat", "float_control"
+QAT, FLOAT = "qat", FLOAT_CONTROL
 OF_FLOAT, OF_LATENT = "ptq", "ptq_of_latent"
 GAP_PREFIX = "gap_to_best_ptq/"
 

@@ -18,6 +18,7 @@ from hydra import compose, initialize_config_module
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig
 
 from lightning_qat.cli.explain import FAILED, UsageError, exit_code, explain
@@ -54,6 +55,11 @@ def run_app(task: Callable[[DictConfig], Any], name: str, arguments: Sequence[st
             print("HYDRA_FULL_ERROR=1 shows where that was.", file=sys.stderr)
         return exit_code(error)
     return 0
+
+
+def quote(value: object) -> str:
+    """Return a text as an override takes it."""
+    return QuotedString(str(value), Quote.single).with_quotes()
 
 
 def _quieten() -> None:

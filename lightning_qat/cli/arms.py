@@ -212,13 +212,17 @@ class ArmRunner:
         """Return the logger of an arm; in W&B a run of its own, in one group with the others."""
         if not self.cfg.logger:
             return False
-        node = self.cfg.logger
-        if "WandbLogger" in node._target_:
-            name = f"{self.cfg.name}, seed {self.seed}, {arm}"
-            logger = build(node, name=name, group=self.cfg.name, job_type=arm)
-            logger.experiment.config.update({"recipe": self.cfg.name, "seed": self.seed, "arm": arm})
-            return logger
-        return build(node, prefix=f"seed{self.seed}/{arm}")
+        logger = open_wandb(self.cfg, f"seed {self.seed}, {arm}", job_type=arm, seed=self.seed, arm=arm)
+        return logger or build(self.cfg.logger, prefix=f"seed{self.seed}/{arm}")
+
+
+def open_wandb(cfg: DictConfig, name: str, job_type: str, **facts: Any) -> WandbLogger | None:
+    """Return the logger of a W&B run of its own, in the group of the recipe; None if the configuration has another."""
+    if not cfg.logger or "WandbLogger" not in cfg.logger._target_:
+        return None
+    logger: WandbLogger = build(cfg.logger, name=f"{cfg.name}, {name}", group=cfg.name, job_type=job_type)
+    logger.experiment.config.update({"recipe": cfg.name, **facts})
+    return logger
 
 
 def read_seeds(cfg: DictConfig) -> list[int]:

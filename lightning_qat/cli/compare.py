@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 from rich.console import Console
 
-from lightning_qat.cli.app import run_app
+from lightning_qat.cli.app import quote, run_app
 
 if TYPE_CHECKING:
     from lightning_qat.cli.contest import Contest
@@ -37,35 +37,35 @@ def compare(cfg: DictConfig) -> None:
     root = Path(HydraConfig.get().runtime.output_dir)
     contests = [Contest(cfg, root, seed) for seed in read_seeds(cfg)]
     contests[0].check()
-    for stage in ("base", "arms"):
-        arms = [(contest, arm) for contest in contests for arm in ([BASE] if stage == "base" else contest.arms)]
+    # A job may run elsewhere.
+    init_from = "null" if cfg.init_from is None else quote(os.path.abspath(cfg.init_from))
+    bases = [(contest, BASE) for contest in contests]
+    others = [(contest, arm) for contest in contests for arm in contest.arms]
+    for what, arms in (("bases", bases), ("arms", others)):
         jobs = [(contest, arm) for contest, arm in arms if not Job(contest, arm).is_done()]
         if done := len(arms) - len(jobs):
-            Console().print(f"{done} of {len(arms)} {'bases' if stage == 'base' else 'arms'} are there already.")
+            Console().print(f"{done} of {len(arms)} {what} are there already.")
         overrides = [
-            (contest.folder(arm), [f"arm={arm}", f"seeds=[{contest.seed}]", f"init_from={_given(cfg.init_from)}"])
+            (contest.folder(arm), [f"arm={arm}", f"seeds=[{contest.seed}]", f"init_from={init_from}"])
             for contest, arm in jobs
         ]
         launch(run_job, cfg, overrides, root)
     _report(cfg, contests, root)
 
 
-def _given(init_from: str | None) -> str:
-    """Return a path for a job that may run elsewhere."""
-    return "null" if init_from is None else "'" + os.path.abspath(init_from).replace("'", "\\'") + "'"
-
-
 def _report(cfg: DictConfig, contests: Sequence[Contest], root: Path) -> None:
+    from lightning_qat.cli.arms import open_wandb
+    from lightning_qat.cli.contest import BASE
     from lightning_qat.cli.job import RECORDS
-    from lightning_qat.cli.trust import build
     from lightning_qat.records import read_records, write_records
     from lightning_qat.tracking.report import report
+    from lightning_qat.tracking.tables import LABELS
 
     records = []
     for contest in contests:
-        for arm in ("base", *contest.arms):
+        for arm in (BASE, *contest.arms):
             records += read_records(contest.folder(arm) / RECORDS)
-    order = {name: index for index, name in enumerate(["float_base", "float_control", "rtn", "imatrix", "awq", "gptq"])}
+    order = {name: index for index, name in enumerate(LABELS)}
     wanted = {name for contest in contests for name in (*contest.ptq_methods, *contest.qat_methods)}
     widths = {
         (point.step, point.num_bits) for contest in contests for arm in contest.arms for point in contest.points_of(arm)
@@ -77,10 +77,7 @@ def _report(cfg: DictConfig, contests: Sequence[Contest], root: Path) -> None:
     ]
     records.sort(key=lambda each: (each.seed, each.step, -each.num_bits, order.get(each.method, len(order))))
     write_records(root / "results.jsonl", *records)
-    logger = None
-    if cfg.logger and "WandbLogger" in cfg.logger._target_:
-        logger = build(cfg.logger, name=f"{cfg.name}, results", group=cfg.name, job_type="report")
-        logger.experiment.config.update({"recipe": cfg.name, "seeds": [contest.seed for contest in contests]})
+    logger = open_wandb(cfg, "results", job_type="report", seeds=[contest.seed for contest in contests])
     report([root / "results.jsonl"], root / "quality_vs_bits.png", cfg.title)
     if logger is not None:
         logger.experiment.finish()

@@ -50,6 +50,7 @@ class Contest:
                 raise UsageError(f"There is no method {name!r}. {nearest(name, known)}")
         # Recovery is measured from round-to-nearest.
         self.ptq_methods = list(dict.fromkeys(["rtn", *(name for name in methods if name in PTQ_METHODS)]))
+        self._direct = {f"{DIRECT}_w{bits:g}": bits for bits in self.bits}
         self.qat_methods = [name for name in (DIRECT, ANNEALED) if name in methods]
         self.max_steps: int = cfg.finetune.trainer.max_steps
         self.qat: QATCallback = build(self._qat_node)
@@ -65,7 +66,7 @@ class Contest:
     @property
     def arms(self) -> list[str]:
         """Names of the arms that start from the base."""
-        direct = [f"{DIRECT}_w{bits:g}" for bits in self.bits] if DIRECT in self.qat_methods else []
+        direct = self._direct if DIRECT in self.qat_methods else ()
         return [CONTROL, *direct, *([ANNEALED] if ANNEALED in self.qat_methods else [])]
 
     def folder(self, arm: str) -> Path:
@@ -77,7 +78,7 @@ class Contest:
         if arm == ANNEALED:
             return self._rungs
         if arm != CONTROL:
-            return [Point(self.max_steps, bits) for bits in self.bits if arm == f"{DIRECT}_w{bits:g}"]
+            return [Point(self.max_steps, self._direct[arm])] if arm in self._direct else []
         annealed = self._rungs if ANNEALED in self.qat_methods else []
         only_annealed = self.qat_methods == [ANNEALED]
         direct = [] if only_annealed else [Point(self.max_steps, bits) for bits in self.bits]
@@ -109,8 +110,7 @@ class Contest:
         if arm == ANNEALED:
             qat["schedule"] = qat.get("schedule") or sorted(self.bits, reverse=True)
         else:
-            bits = next(each for each in self.bits if arm == f"{DIRECT}_w{each:g}")
-            qat["scheme"], qat["schedule"] = self._scheme_at(bits), None
+            qat["scheme"], qat["schedule"] = self._scheme_at(self._direct[arm]), None
         nodes["qat"] = OmegaConf.create(qat)
         return nodes
 

@@ -50,12 +50,12 @@ def explain(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return a sentence with the known names that come nearest, or with all of them if none does."""
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """Return a sentence with the known names that come nearest, ``prefix`` before each, or with all if none does."""
     known = [each for each in dict.fromkeys(map(str, known)) if not each.startswith("_")]
     found = difflib.get_close_matches(name, known, n=2, cutoff=0.6)
     if found:
-        return f"Did you mean {' or '.join(map(repr, found))}?"
+        return f"Did you mean {' or '.join(repr(prefix + each) for each in found)}?"
     return f"Known: {', '.join(sorted(known))}." if known else ""
 
 
@@ -80,9 +80,7 @@ def _explain_key(cause: BaseException, message: str) -> str:
         key = str(cause.full_key or cause.key)
         parent, name = cause.parent_node, key.rpartition(".")[2]
         known = [str(each) for each in parent] if isinstance(parent, DictConfig) else []
-        prefix = key[: -len(name)]
-        text = f"There is no {key!r}. {nearest(name, known)}"
-        return text.replace("Did you mean '", f"Did you mean '{prefix}").replace(" or '", f" or '{prefix}")
+        return f"There is no {key!r}. {nearest(name, known, prefix=key[: -len(name)])}"
     if isinstance(cause, ValidationError):
         return f"{str(cause).splitlines()[0]} ({cause.full_key})"
     return f"{message}\n{cause}"

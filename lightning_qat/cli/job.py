@@ -10,12 +10,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from lightning_qat.cli.arms import ArmRunner, TrainedArm, load_trained, load_weights
-from lightning_qat.cli.contest import ANNEALED, BASE, CONTROL, Contest, Point, differences
+from lightning_qat.cli.contest import ANNEALED, BASE, CONTROL, DIRECT, Contest, Point, differences
 from lightning_qat.cli.explain import UsageError
+from lightning_qat.cli.trust import build
 from lightning_qat.nn import make_plan, restore_float
 from lightning_qat.nn.sweep import sweep
 from lightning_qat.ptq import build_methods
-from lightning_qat.records import append_records, read_records
+from lightning_qat.records import FLOAT_BASE, FLOAT_CONTROL, append_records, read_records
 
 RECORDS = "records.jsonl"
 
@@ -76,12 +77,12 @@ class Job:
     def _wanted(self) -> list[tuple[str, Point]]:
         points = self.contest.points_of(self.arm)
         if self.arm == BASE:
-            return [("float_base", Point(0, 32))]
+            return [(FLOAT_BASE, Point(0, 32))]
         if self.arm != CONTROL:
-            return [("qat_annealed" if self.arm == ANNEALED else "qat", point) for point in points]
+            return [(ANNEALED if self.arm == ANNEALED else DIRECT, point) for point in points]
         wanted: list[tuple[str, Point]] = []
         for point in points:
-            wanted += [("float_control", Point(point.step, 32)), *((name, point) for name in self.contest.ptq_methods)]
+            wanted += [(FLOAT_CONTROL, Point(point.step, 32)), *((name, point) for name in self.contest.ptq_methods)]
         return list(dict.fromkeys(wanted))
 
     def _train(self, runner: ArmRunner) -> TrainedArm:
@@ -113,8 +114,9 @@ class _Scorer:
 
     def score(self, missing: list[tuple[str, Point]]) -> None:
         if self.job.arm not in (BASE, CONTROL):
+            callback = build(self.contest.callback_nodes(self.job.arm)["qat"])
             for method, point in missing:
-                self._score_qat(method, point)
+                self._score_qat(method, point, callback)
             return
         for step in dict.fromkeys(point.step for _, point in missing):
             of_step = [(method, at.num_bits) for method, at in missing if at.step == step]
@@ -139,11 +141,9 @@ class _Scorer:
             self._record(task, method, step, results.seconds(method, num_bits), num_bits)
             restore_float(task)
 
-    def _score_qat(self, method: str, point: Point) -> None:
-        nodes = self.contest.callback_nodes(self.job.arm)
-        callbacks = self.runner.make_callbacks(nodes).values()
+    def _score_qat(self, method: str, point: Point, callback: pl.Callback) -> None:
         checkpoint = self.job.folder / self.trained.checkpoints[point.step]
-        task = load_trained(self.runner.make_task(), checkpoint, callbacks)
+        task = load_trained(self.runner.make_task(), checkpoint, [callback])
         self._record(task, method, point.step, self.trained.seconds, point.num_bits)
 
     def _load_float(self, step: int) -> pl.LightningModule:

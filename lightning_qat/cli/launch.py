@@ -14,6 +14,8 @@ from hydra.core.plugins import Plugins
 from hydra.types import HydraContext
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from lightning_qat.cli.app import quote
+
 
 def launch(
     task: Callable[[DictConfig], Any], cfg: DictConfig, jobs: Sequence[tuple[Path, Sequence[str]]], root: Path
@@ -42,14 +44,9 @@ def launch(
     context = HydraContext(config_loader=GlobalHydra.instance().config_loader(), callbacks=Callbacks())
     launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=master)
     overrides = [
-        [*given, *of_job, f"hydra.sweep.dir={_quote(root)}", f"hydra.sweep.subdir={_quote(folder.relative_to(root))}"]
+        [*given, *of_job, f"hydra.sweep.dir={quote(root)}", f"hydra.sweep.subdir={quote(folder.relative_to(root))}"]
         for folder, of_job in jobs
     ]
     results = launcher.launch(overrides, initial_job_idx=0)
     for each in results:
         _ = each.return_value  # raises what the job has raised
-
-
-def _quote(path: Path) -> str:
-    text = str(path).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from lightning_qat.cli.app import run_app
+from lightning_qat.cli.app import quote, run_app
 from lightning_qat.cli.explain import UsageError
 
 
@@ -15,7 +15,7 @@ def main(arguments: Sequence[str]) -> int:
     """Report the files, which are given by name or as ``results=...``."""
     files = [each for each in arguments if "=" not in each and not each.startswith(("-", "+", "~"))]
     rest = [each for each in arguments if each not in files]
-    quoted = ",".join("'" + each.replace("'", "\\'") + "'" for each in files)
+    quoted = ",".join(map(quote, files))
     return run_app(plot, "plot", [*rest, *([f"results=[{quoted}]"] if files else [])])
 
 

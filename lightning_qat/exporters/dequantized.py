@@ -7,22 +7,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from lightning_qat.core import QuantizedWeight, QuantScheme
+from lightning_qat.core import QuantizedWeight
+from lightning_qat.exporters.weights_file import FILE, WeightsFile, save_tensors
 
-FILE = "model.safetensors"
 
-
-class Dequantized:
+class Dequantized(WeightsFile):
     """The model's own state dict, with every quantized weight on its grid, in the dtype that it had."""
 
     name = "dequantized"
     holds_codes = False
-
-    def explain(self, scheme: QuantScheme) -> str | None:
-        """Return why the format cannot hold a scheme, or None."""
-        if scheme.activation is not None:
-            return "it holds weights; what quantizes inputs is not in it"
-        return None
 
     def stored_bits(self, weight: QuantizedWeight) -> float:
         """Return the bits that a file has for a weight in float32."""
@@ -30,9 +23,7 @@ class Dequantized:
 
     def write(self, weights: Mapping[str, QuantizedWeight], rest: Mapping[str, Tensor], folder: Path) -> None:
         """Write all into ``folder``; ``rest`` holds the dequantized weights, too."""
-        from safetensors.torch import save_file
-
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in rest.items()}, folder / FILE)
+        save_tensors(rest, folder)
 
     def read(self, folder: Path) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
         """Return no codes, and all tensors by name."""

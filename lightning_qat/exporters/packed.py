@@ -8,7 +8,6 @@ holds the schemes as JSON.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,22 +17,16 @@ from torch import Tensor
 
 from lightning_qat.core import QuantizedWeight, QuantParams, QuantScheme
 from lightning_qat.exporters.bit_packing import pack, storage_bits, unpack
+from lightning_qat.exporters.weights_file import FILE, WeightsFile, save_tensors
 
-FILE = "model.safetensors"
 LAYOUT = "lightning_qat packed 1"
 
 
-class Packed:
+class Packed(WeightsFile):
     """Codes of 1 to 8 bits, packed densely; any scheme of weights."""
 
     name = "safetensors"
     holds_codes = True
-
-    def explain(self, scheme: QuantScheme) -> str | None:
-        """Return why the format cannot hold a scheme, or None."""
-        if scheme.activation is not None:
-            return "it holds weights; what quantizes inputs is not in it"
-        return None
 
     def stored_bits(self, weight: QuantizedWeight) -> float:
         """Return the bits that a file has for a weight, scales and zero-points included."""
@@ -41,15 +34,12 @@ class Packed:
 
     def write(self, weights: Mapping[str, QuantizedWeight], rest: Mapping[str, Tensor], folder: Path) -> None:
         """Write all into ``folder``."""
-        from safetensors.torch import save_file
-
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in rest.items()}
-        layers = {}
+        tensors, layers = dict(rest), {}
         for name, weight in weights.items():
             tensors.update({f"{name}.{key}": tensor for key, tensor in _tensors_of(weight).items()})
-            layers[name] = {"shape": list(weight.codes.shape), "scheme": dataclasses.asdict(weight.scheme)}
+            layers[name] = {"shape": list(weight.codes.shape), "scheme": weight.scheme.to_dict()}
         metadata = {"layout": LAYOUT, "layers": json.dumps(layers)}
-        save_file({name: tensor.clone() for name, tensor in tensors.items()}, folder / FILE, metadata)
+        save_tensors(tensors, folder, metadata)
 
     def read(self, folder: Path) -> tuple[dict[str, QuantizedWeight], dict[str, Tensor]]:
         """Return the quantized weights by layer, and everything else by name.
@@ -66,7 +56,7 @@ class Packed:
             raise ValueError(f"{folder / FILE} has not the layout {LAYOUT!r}: it was not written by this format.")
         weights = {}
         for name, layer in json.loads(metadata["layers"]).items():
-            scheme = QuantScheme(**layer["scheme"])
+            scheme = QuantScheme.parse(layer["scheme"])
             codes = unpack(
                 tensors.pop(f"{name}.codes"), _qmin(scheme), storage_bits(scheme.num_bits), layer["shape"][1]
             )

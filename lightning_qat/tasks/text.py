@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import sysconfig
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor
-from torch.utils.data import DataLoader
+
+from lightning_qat.tasks.fine_tuning_data import FineTuningData
 
 Corpus = Literal["python_topics", "python_docstrings"]
 
 
-class TextDataModule(pl.LightningDataModule):
+class TextDataModule(FineTuningData):
     """Windows of bytes, as int64 ``[B, block_size + 1]``; the last part of the text is for validation.
 
     Args:
@@ -31,6 +31,8 @@ class TextDataModule(pl.LightningDataModule):
         seed: Seed of the order of training windows.
     """
 
+    samples = "windows"
+
     def __init__(
         self,
         corpus: Corpus | str = "python_topics",
@@ -40,33 +42,24 @@ class TextDataModule(pl.LightningDataModule):
         val_fraction: float = 0.1,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        self.corpus, self.block_size, self.batch_size = corpus, block_size, batch_size
-        self.stride, self.val_fraction, self.seed = stride, val_fraction, seed
+        super().__init__(batch_size, num_workers=0, seed=seed)
+        self.corpus, self.block_size = corpus, block_size
+        self.stride, self.val_fraction = stride, val_fraction
         self.text = read_corpus(corpus)
 
-    @property
-    def data_hash(self) -> str:
-        """Hash of the text, which differs a little between Python versions."""
-        return hashlib.sha256(self.text).hexdigest()[:16]
-
-    def setup(self, stage: str) -> None:
-        """Cut the text into windows."""
+    def load(self) -> tuple[Any, Any]:
+        """Return the windows that the text is cut into."""
         split = int(len(self.text) * (1 - self.val_fraction))
-        self.train_data = _windows(self.text[:split], self.block_size, self.stride)
-        self.val_data = _windows(self.text[split:], self.block_size, self.block_size)
+        train, val = self.text[:split], self.text[split:]
+        return _windows(train, self.block_size, self.stride), _windows(val, self.block_size, self.block_size)
 
-    def train_dataloader(self) -> DataLoader[Tensor]:
-        """Return shuffled training windows, in the same order for the same seed."""
-        generator = torch.Generator().manual_seed(self.seed)
-        return self._loader(self.train_data, shuffle=True, drop_last=True, generator=generator)
+    def hashed_parts(self) -> Iterable[bytes]:
+        """Return the text, which differs a little between Python versions."""
+        return [self.text]
 
-    def val_dataloader(self) -> DataLoader[Tensor]:
-        """Return validation windows, in order, the last batch shorter than the others."""
-        return self._loader(self.val_data)
-
-    def _loader(self, data: Dataset, **kwargs: object) -> DataLoader[Tensor]:
-        return DataLoader(data, batch_size=self.batch_size, collate_fn=_collate, **kwargs)  # type: ignore[arg-type]
+    def collate(self, is_training: bool) -> Callable[[list[Any]], Tensor]:
+        """Return what makes a batch of windows."""
+        return _collate
 
 
 def read_corpus(corpus: Corpus | str) -> bytes:

@@ -8,9 +8,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lightning_qat.records import EvalRecord, recovery
+from lightning_qat.records import FLOAT_BASE, FLOAT_CONTROL, EvalRecord, recovery
 
-BASE, CONTROL, BASELINE = "float_base", "float_control", "rtn"
+BASE, CONTROL, BASELINE = FLOAT_BASE, FLOAT_CONTROL, "rtn"
 
 
 @dataclass(frozen=True)
